@@ -1,0 +1,1 @@
+"""Thin commands behind ``kvshare`` (L6)."""

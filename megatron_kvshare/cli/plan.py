@@ -1,0 +1,144 @@
+"""``kvshare plan``: draws a sharing map and prints what it costs, without a GPU (L6)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, field
+from typing import Any
+
+from rich.console import Console
+
+from megatron_kvshare.config import ModelConfig, SharingConfig
+from megatron_kvshare.config.cli import Command, parse
+from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
+from megatron_kvshare.config.rule import rule
+from megatron_kvshare.config.rules_model import groups_fit, heads_fit, sharing_map
+from megatron_kvshare.config.shape import execution_plan, model_shape
+from megatron_kvshare.config.sources import read_arguments
+from megatron_kvshare.config.types import SCHEMA, dataclass
+from megatron_kvshare.errors import Fault, MapError
+from megatron_kvshare.sharing import cost, draw, patterns
+from megatron_kvshare.sharing.cost import ModelShape
+from megatron_kvshare.sharing.plan import ExecutionPlan
+
+_ASSUMED_VOCABULARY = 32000  # Llama's; only embedding and head depend on it
+
+_EXAMPLES = """\
+kvshare plan --kv-pattern sandwich-top --kv-layers 11
+kvshare plan --num-layers 32 --kv-pattern cla:2 --num-query-groups 8 --json
+kvshare plan --kv-map 0_1s_1s_3s_0_5s_5s_7s --window-size 512
+"""
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class PlanConfig:
+    """What to draw: a map for a model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sharing: SharingConfig = field(default_factory=SharingConfig)
+    json: bool = False
+    """Print one JSON object instead of the drawing."""
+
+
+@rule("num_layers kv_pattern kv_layers kv_map")
+def _map_is_valid(config: PlanConfig) -> Iterator[Fault]:
+    """The map exists. A window size is not asked for: the map can be drawn without."""
+    try:
+        sharing_map(config.model, config.sharing)
+    except MapError as error:
+        yield from error.faults
+
+
+def run(argv: Sequence[str]) -> int:
+    """Draw the map that the flags ask for; with ``--json`` print it as data."""
+    command = Command(
+        prog="kvshare plan",
+        description=_description(),
+        examples=_EXAMPLES,
+        rules=(heads_fit, groups_fit, _map_is_valid),
+        megatron=MEGATRON_FLAGS,
+    )
+    config = parse(PlanConfig, _with_layers_of_map(argv), command)
+    vocabulary = config.model.vocab_size or _ASSUMED_VOCABULARY
+    shape = model_shape(config.model, vocabulary, config.sharing.window_size)
+    plan = execution_plan(config.model, config.sharing)
+    for warning in _warnings(plan, shape):
+        print(f"warning: {warning}", file=sys.stderr)
+    if config.json:
+        print(json.dumps(as_data(shape, plan, config.sharing)))
+    else:
+        _draw(shape, plan, config.sharing)
+    return 0
+
+
+def as_data(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> dict[str, Any]:
+    """The plan and its costs as JSON values."""
+    windowed = [layer for layer, marked in enumerate(plan.map.windowed) if marked]
+    return {
+        "num_layers": shape.num_layers,
+        "notation": plan.map.notation,
+        "kv_map": list(plan.map.sources),
+        "kv_layers": len(plan.map.producers),
+        "producers": list(plan.map.producers),
+        "windowed_layers": windowed,
+        "window_size": shape.window_size,
+        "cyclic_groups": [list(group) for group in plan.map.cyclic_groups],
+        "group_targets": [list(segment.targets) for segment in plan.groups],
+        "kv_forward_passes": sharing.kv_forward_passes,
+        "kv_backward_passes": sharing.kv_backward_passes,
+        "vocab_size": shape.vocab_size,
+        "kv_bytes_per_element": cost.KV_BYTES_PER_ELEMENT,
+        **asdict(cost.costs(shape, plan)),
+        "parameters_by_part": cost.parameters_by_part(shape, plan.map),
+    }
+
+
+def _draw(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> None:
+    console = Console(highlight=False)
+    ascii_only = console.options.ascii_only
+    name = sharing.kv_pattern if sharing.kv_map is None else "explicit map"
+    producers, layers = len(plan.map.producers), shape.num_layers
+    title = f"{name}: {producers} of {layers} layers own keys and values"
+    console.print(f"[bold]{title}[/bold] (KV cache / {layers / producers:.2f})")
+    console.print(draw.map_table(plan, shape.window_size, ascii_only))
+    console.print(draw.passes_text(plan))
+    console.print(draw.cost_table(shape, plan))
+    console.print(
+        f"Shape: hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}, "
+        f"{shape.num_attention_heads} heads, {shape.num_query_groups} KV heads, "
+        f"sequence {shape.seq_length}, vocabulary {shape.vocab_size}.\n"
+        f"As an explicit map: --kv-map {plan.map.notation}",
+        soft_wrap=True,
+    )
+
+
+def _warnings(plan: ExecutionPlan, shape: ModelShape) -> list[str]:
+    found = patterns.warnings(plan.map, shape.window_size)
+    if patterns.window_faults(plan.map, shape.window_size):
+        found.append("without --window-size, costs count windowed layers as full attention")
+    return found
+
+
+def _with_layers_of_map(argv: Sequence[str]) -> list[str]:
+    """An explicit map says how many layers there are, so ``--num-layers`` can be left out."""
+    given = {each.key: each.values for each in read_arguments(argv)[0]}
+    text = given.get("kv_map")
+    if text and not {"num_layers", "config"} & given.keys():
+        return [*argv, "--num-layers", str(len(text[0].strip().split("_")))]
+    return list(argv)
+
+
+def _description() -> str:
+    names = patterns.help_rows()
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {text}" for name, text in names.items()]
+    return "\n".join(
+        [
+            "Draws which layer reads whose keys and values, and what the map costs; needs no GPU.",
+            "",
+            "Patterns (l = --kv-layers, needed by the names with a dash):",
+            *lines,
+        ]
+    )

@@ -1,0 +1,74 @@
+"""The one family of errors a user can meet (L0).
+
+Every error says what is wrong, where, the value, the rule it breaks and a way out. The command line
+prints the message without a traceback and exits with :data:`EXIT_USER_ERROR`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: ``where`` (flag, file, layer), its ``value``, the ``rule``, the
+    ``fix``."""
+
+    where: str
+    value: object
+    rule: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where} = {self.value!r}: {self.rule}. Fix: {self.fix}."
+
+
+class KVShareError(Exception):
+    """Base of all user-facing errors; ``faults`` are listed together in the message."""
+
+    title = "error"
+
+    def __init__(self, faults: Fault | Sequence[Fault]) -> None:
+        self.faults: tuple[Fault, ...] = (faults,) if isinstance(faults, Fault) else tuple(faults)
+        assert self.faults, "an error needs at least one fault"
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        if len(self.faults) == 1:
+            return f"{self.title}: {self.faults[0]}"
+        lines = [f"{self.title}: {len(self.faults)} faults"]
+        lines += [f"  {number}. {fault}" for number, fault in enumerate(self.faults, 1)]
+        return "\n".join(lines)
+
+
+class ConfigError(KVShareError):
+    """A flag, a configuration file or a combination of settings is wrong."""
+
+    title = "configuration error"
+
+
+class MapError(ConfigError):
+    """A sharing map breaks a rule of the method."""
+
+    title = "sharing map error"
+
+
+class DataError(KVShareError):
+    """Text, tokenizer or indexed data is missing, broken or does not fit."""
+
+    title = "data error"
+
+
+class CheckpointError(KVShareError):
+    """A checkpoint cannot be written, read or does not fit the run."""
+
+    title = "checkpoint error"
+
+
+class TrainingError(KVShareError):
+    """Training cannot continue (for example: too many steps with NaN gradients)."""
+
+    title = "training error"

@@ -1,0 +1,204 @@
+"""What a sharing map costs: parameters, FLOPs, KV cache (L1, no torch).
+
+FLOPs are counted from the steps of an :class:`ExecutionPlan`, so they are what the passes need
+after skipping. Conventions: one multiply-add = 2 FLOPs; matrix products only (no norms, rotations,
+activations); attention counts exactly the tokens its mask shows; the embedding look-up is free and
+the output head is counted; backward = 2 x forward. The keys and values that upward layers read in
+the first gradient sweep are constants, so two products of that attention backward are not strictly
+needed; they are counted all the same, because fused attention kernels compute them anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.plan import ExecutionPlan, LayerStep, StepMode, jacobi_plan
+
+KV_BYTES_PER_ELEMENT = 2  # a cache is kept in 16 bit
+_FLOPS_PER_MAC = 2
+_TRAIN_OVER_FORWARD = 3  # forward + backward
+# AdamW per element: two moments 7, bias corrections 2, update 4, decay 2; gradient clipping 3.
+_OPTIMIZER_FLOPS_PER_PARAMETER = 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes that costs depend on, with Megatron's names. Attention windows are in tokens."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    seq_length: int
+    window_size: int | None = None
+    tied_embeddings: bool = True
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys (and of the values) of one layer."""
+        return self.num_query_groups * self.kv_channels
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a map, and of the standard map of the same shape where a ratio says so.
+
+    ``train_factor`` and ``prefill_factor`` count whole layer-forwards over a standard stack (no
+    skipping, backward = two forwards), as the published formulas do.
+    """
+
+    parameters: int
+    kv_bytes_per_token: int
+    kv_reduction: float
+    train_factor: float
+    prefill_factor: float
+    train_flops_per_token: float
+    train_flops_ratio: float
+    prefill_flops: float
+    prefill_flops_ratio: float
+
+
+def costs(shape: ModelShape, plan: ExecutionPlan) -> Costs:
+    """All costs of one plan."""
+    standard = standard_plan(shape.num_layers)
+    train, prefill = train_flops_per_token(shape, plan), prefill_flops(shape, plan)
+    return Costs(
+        parameters=parameters(shape, plan.map),
+        kv_bytes_per_token=kv_bytes_per_token(shape, plan.map),
+        kv_reduction=plan.map.num_layers / len(plan.map.producers),
+        train_factor=train_factor(plan),
+        prefill_factor=prefill_factor(plan),
+        train_flops_per_token=train,
+        train_flops_ratio=train / train_flops_per_token(shape, standard),
+        prefill_flops=prefill,
+        prefill_flops_ratio=prefill / prefill_flops(shape, standard),
+    )
+
+
+def standard_plan(num_layers: int) -> ExecutionPlan:
+    """The baseline: every layer owns its keys and values, full attention, one pass."""
+    return jacobi_plan(SharingMap(tuple(range(num_layers)), (False,) * num_layers))
+
+
+# ---- memory of weights and cache ----
+
+
+def parameters_by_part(shape: ModelShape, map: SharingMap) -> dict[str, int]:
+    """Number of weights, without vocabulary padding. Consumers own no key and value projection."""
+    hidden, layers = shape.hidden_size, shape.num_layers
+    return {
+        "embedding": shape.vocab_size * hidden,
+        "attention": layers * 2 * hidden * shape.query_width,
+        "keys_and_values": len(map.producers) * 2 * hidden * shape.kv_width,
+        "mlp": layers * 3 * hidden * shape.ffn_hidden_size,
+        "norms": (2 * layers + 1) * hidden,
+        "output_head": 0 if shape.tied_embeddings else shape.vocab_size * hidden,
+    }
+
+
+def parameters(shape: ModelShape, map: SharingMap) -> int:
+    """Number of trained weights."""
+    return sum(parameters_by_part(shape, map).values())
+
+
+def kv_bytes_per_token(
+    shape: ModelShape, map: SharingMap, bytes_per_element: int = KV_BYTES_PER_ELEMENT
+) -> int:
+    """KV cache per token: keys and values of the producers only."""
+    return len(map.producers) * 2 * shape.kv_width * bytes_per_element
+
+
+def kv_cache_bytes(
+    shape: ModelShape, map: SharingMap, tokens: int, bytes_per_element: int = KV_BYTES_PER_ELEMENT
+) -> int:
+    """KV cache of one sequence. A producer read through windows only keeps the last window."""
+    window = shape.window_size or tokens
+    full = {source for source, marked in zip(map.sources, map.windowed, strict=True) if not marked}
+    kept = sum(tokens if layer in full else min(tokens, window) for layer in map.producers)
+    return kept * 2 * shape.kv_width * bytes_per_element
+
+
+# ---- work ----
+
+
+def train_factor(plan: ExecutionPlan) -> float:
+    """Layer-forwards of a training step over those of a standard stack (arXiv 2410.14442, 3.3)."""
+    return _layer_forwards(plan, gradient_weight=3) / (3 * plan.map.num_layers)
+
+
+def prefill_factor(plan: ExecutionPlan) -> float:
+    """Layer-forwards of a prefill with the plan's passes over those of a standard stack."""
+    return _layer_forwards(plan, gradient_weight=1) / plan.map.num_layers
+
+
+def _layer_forwards(plan: ExecutionPlan, gradient_weight: int) -> int:
+    return sum(
+        len(sweep.steps) * (gradient_weight if sweep.gradient else 1)
+        for segment in plan.segments
+        for sweep in segment.sweeps
+    )
+
+
+def train_flops_per_token(shape: ModelShape, plan: ExecutionPlan) -> float:
+    """Forward and backward of all layers and the head, per token of a batch, optimizer left out."""
+    layers = _layer_flops(shape, plan, gradient_weight=_TRAIN_OVER_FORWARD)
+    return layers + _TRAIN_OVER_FORWARD * _head_flops(shape)
+
+
+def train_step_flops(shape: ModelShape, plan: ExecutionPlan, tokens: int) -> float:
+    """One whole optimizer step over a global batch of ``tokens``, AdamW and clipping included."""
+    optimizer = _OPTIMIZER_FLOPS_PER_PARAMETER * parameters(shape, plan.map)
+    return tokens * train_flops_per_token(shape, plan) + optimizer
+
+
+def prefill_flops(shape: ModelShape, plan: ExecutionPlan) -> float:
+    """A prompt of ``seq_length`` tokens through the plan's passes; the head for its last token."""
+    layers = _layer_flops(shape, plan, gradient_weight=1)
+    return shape.seq_length * layers + _head_flops(shape)
+
+
+def _layer_flops(shape: ModelShape, plan: ExecutionPlan, gradient_weight: int) -> float:
+    return sum(
+        step_flops(shape, plan.map, step) * (gradient_weight if sweep.gradient else 1)
+        for segment in plan.segments
+        for sweep in segment.sweeps
+        for step in sweep.steps
+    )
+
+
+def step_flops(shape: ModelShape, map: SharingMap, step: LayerStep) -> float:
+    """Forward FLOPs of one step, per token (mean over a sequence of ``seq_length``)."""
+    hidden = shape.hidden_size
+    keys_and_values = 2 * hidden * shape.kv_width
+    if step.mode is StepMode.KV_ONLY:
+        return _FLOPS_PER_MAC * keys_and_values
+    macs: float = 3 * hidden * shape.ffn_hidden_size
+    if step.mode is StepMode.FULL:
+        macs += 2 * hidden * shape.query_width
+        macs += 2 * shape.query_width * mean_visible_tokens(shape, map, step.layer)
+        macs += keys_and_values if map.is_producer(step.layer) else 0
+    return _FLOPS_PER_MAC * macs
+
+
+def mean_visible_tokens(shape: ModelShape, map: SharingMap, layer: int) -> float:
+    """How many keys a query of ``layer`` sees, mean over a sequence: causal, strict if upward."""
+    hidden_diagonal = int(map.is_upward(layer))
+    most = shape.seq_length
+    if map.windowed[layer] and shape.window_size is not None:
+        most = min(most, shape.window_size)
+    # The query at position t (from 1) sees min(t, most) keys, less its own in an upward layer.
+    longest, cap = shape.seq_length - hidden_diagonal, most - hidden_diagonal
+    visible = cap * (cap + 1) // 2 + (longest - cap) * cap
+    return visible / shape.seq_length
+
+
+def _head_flops(shape: ModelShape) -> int:
+    return _FLOPS_PER_MAC * shape.vocab_size * shape.hidden_size

@@ -1,0 +1,142 @@
+"""Draws a plan and its costs for the terminal, in 80 columns (L1, no torch)."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from megatron_kvshare.sharing import cost
+from megatron_kvshare.sharing.cost import Costs, ModelShape
+from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.plan import ExecutionPlan, Segment, StepMode
+
+_BRACKET = {"first": "╭", "inside": "│", "last": "╰", "up": "↑", "down": "↓"}
+_BRACKET_ASCII = {"first": "+", "inside": "|", "last": "+", "up": "up", "down": "down"}
+_STYLES = {"producer": "bold green", "upward": "yellow", "consumer": ""}
+_BINARY = ("", "Ki", "Mi", "Gi", "Ti")
+_DECIMAL = ("", "K", "M", "G", "T", "P", "E")
+_LESS_THAN_FULL = {StepMode.NO_ATTENTION: "without attention", StepMode.KV_ONLY: "only K and V"}
+
+
+def role(map: SharingMap, layer: int) -> str:
+    """``producer``, ``upward`` (a consumer of a higher layer) or ``consumer``."""
+    if map.is_producer(layer):
+        return "producer"
+    return "upward" if map.is_upward(layer) else "consumer"
+
+
+def map_table(
+    plan: ExecutionPlan, window_size: int | None = None, ascii_only: bool = False
+) -> Table:
+    """One row per layer: its role, whose keys and values it reads, its group, how often it runs."""
+    signs = _BRACKET_ASCII if ascii_only else _BRACKET
+    windows = any(plan.map.windowed)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", justify="right")
+    table.add_column("role")
+    table.add_column("keys and values")
+    if windows:
+        table.add_column("attention")
+    if plan.groups:
+        table.add_column("group")
+    table.add_column("runs")
+    for segment in plan.segments:
+        for layer in range(segment.first, segment.last + 1):
+            kind = role(plan.map, layer)
+            cells = [str(layer), kind, _reads(plan.map, layer, signs)]
+            if windows:
+                cells.append(_attention(plan.map, layer, window_size))
+            if plan.groups:
+                cells.append(_bracket(segment, layer, signs))
+            table.add_row(*cells, _runs(segment, layer), style=_STYLES[kind])
+    return table
+
+
+def passes_text(plan: ExecutionPlan) -> str:
+    """How the cyclic groups are computed, in a sentence or two."""
+    if not plan.groups:
+        return "No layer reads a higher one: every layer runs once, as in a standard model."
+    sweeps = plan.groups[0].sweeps
+    gradient = sum(sweep.gradient for sweep in sweeps)
+    spans = ", ".join(f"{segment.first}-{segment.last}" for segment in plan.groups)
+    which = f"{len(plan.groups)} cyclic groups" if len(plan.groups) > 1 else "1 cyclic group"
+    return (
+        f"{which}: layers {spans}. {len(sweeps) - gradient} passes without gradient, then "
+        f"{gradient} with; upward layers read the keys and values of the pass before."
+    )
+
+
+def cost_table(shape: ModelShape, plan: ExecutionPlan) -> Table:
+    """What the map costs beside the standard map of the same shape."""
+    ours: Costs = cost.costs(shape, plan)
+    base: Costs = cost.costs(shape, cost.standard_plan(shape.num_layers))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("cost")
+    for title in ("this map", "standard", "ratio"):
+        table.add_column(title, justify="right")
+
+    def row(name: str, mine: float, standard: float, unit: str, ratio: float) -> None:
+        table.add_row(name, _quantity(mine, unit), _quantity(standard, unit), f"{ratio:.2f}")
+
+    row("parameters", ours.parameters, base.parameters, "", ours.parameters / base.parameters)
+    bytes_ratio = 1 / ours.kv_reduction
+    row(
+        "KV cache per token, 16 bit",
+        ours.kv_bytes_per_token,
+        base.kv_bytes_per_token,
+        "B",
+        bytes_ratio,
+    )
+    row(
+        "training FLOPs per token",
+        ours.train_flops_per_token,
+        base.train_flops_per_token,
+        "",
+        ours.train_flops_ratio,
+    )
+    prompt = f"prefill FLOPs, {shape.seq_length} tokens"
+    row(prompt, ours.prefill_flops, base.prefill_flops, "", ours.prefill_flops_ratio)
+    table.add_row("training factor, no skipping", "", "", f"{ours.train_factor:.2f}")
+    table.add_row("prefill factor, no skipping", "", "", f"{ours.prefill_factor:.2f}")
+    return table
+
+
+def _reads(map: SharingMap, layer: int, signs: dict[str, str]) -> str:
+    if map.is_producer(layer):
+        readers = len(map.consumers_of(layer))
+        return f"own, read by {readers} more" if readers else "own"
+    direction = signs["up" if map.is_upward(layer) else "down"]
+    return f"of layer {map.sources[layer]} {direction}"
+
+
+def _attention(map: SharingMap, layer: int, window_size: int | None) -> str:
+    if not map.windowed[layer]:
+        return "full"
+    return f"window {'?' if window_size is None else window_size}"
+
+
+def _bracket(segment: Segment, layer: int, signs: dict[str, str]) -> str:
+    if not segment.is_cyclic:
+        return ""
+    if layer == segment.first:
+        return signs["first"]
+    return signs["last" if layer == segment.last else "inside"]
+
+
+def _runs(segment: Segment, layer: int) -> str:
+    """``9 (1 MLP only)``: how often a layer runs, and how often only a part of it."""
+    modes = [sweep.steps[layer - segment.first].mode for sweep in segment.sweeps]
+    parts = [
+        f"{modes.count(mode)} {text}" for mode, text in _LESS_THAN_FULL.items() if mode in modes
+    ]
+    return f"{len(modes)} ({', '.join(parts)})" if parts else str(len(modes))
+
+
+def _quantity(value: float, unit: str) -> str:
+    """Three digits with a decimal prefix, or with a binary one for bytes."""
+    base, prefixes = (1024, _BINARY) if unit == "B" else (1000, _DECIMAL)
+    power = 0
+    while value >= base and power + 1 < len(prefixes):
+        value, power = value / base, power + 1
+    number = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:#.3g}"
+    return f"{number} {prefixes[power]}{unit}".strip()

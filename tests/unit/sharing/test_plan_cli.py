@@ -1,0 +1,134 @@
+"""``kvshare plan``: the JSON contract, the drawing, warnings and errors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from megatron_kvshare.cli.main import main
+from megatron_kvshare.errors import EXIT_USER_ERROR
+from tests.unit.sharing.strategies import NINE
+
+Capture = pytest.CaptureFixture[str]
+
+
+def plan_json(capsys: Capture, *flags: str) -> dict[str, Any]:
+    assert main(["plan", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_of_the_main_map(capsys: Capture) -> None:
+    flags = "--num-layers 22 --kv-pattern sandwich-top --kv-layers 11 --num-query-groups 4"
+    found = plan_json(capsys, *flags.split())
+    assert found["kv_map"] == [*range(5), *[16] * 12, *range(17, 22)]
+    assert found["kv_layers"] == 11
+    assert found["cyclic_groups"] == [[5, 16]]
+    assert found["kv_bytes_per_token"] == 11 * 2 * 256 * 2
+    assert found["train_factor"] == pytest.approx(2.818, abs=1e-3)
+    assert found["prefill_factor"] == pytest.approx(5.364, abs=1e-3)
+    assert 1 < found["train_flops_ratio"] < found["train_factor"]
+
+
+def test_json_without_any_other_flag_is_the_standard_model(capsys: Capture) -> None:
+    found = plan_json(capsys)
+    assert found["kv_map"] == list(range(22))
+    assert found["cyclic_groups"] == []
+    assert found["train_factor"] == 1.0
+
+
+@pytest.mark.parametrize("pattern", NINE)
+def test_json_of_the_nine_maps(capsys: Capture, pattern: str) -> None:
+    flags = ["--num-layers", "12", "--kv-pattern", pattern, "--kv-layers", "3"]
+    assert plan_json(capsys, *flags)["kv_layers"] == 3
+
+
+def test_number_of_passes_changes_the_factor(capsys: Capture) -> None:
+    flags = ["--kv-map", "1_1", "--kv-forward-passes", "1", "--kv-backward-passes", "1"]
+    found = plan_json(capsys, *flags)
+    assert found["train_factor"] == pytest.approx(4 / 3)
+    assert found["prefill_factor"] == 2.0
+
+
+def test_an_explicit_map_says_how_many_layers(capsys: Capture) -> None:
+    found = plan_json(capsys, "--kv-map", "0_5_5_5_4_5_6_7")
+    assert found["num_layers"] == 8
+    assert found["cyclic_groups"] == [[1, 5]]
+    assert found["notation"] == "0_5_5_5_4_5_6_7"
+
+
+def test_a_contradicting_number_of_layers_is_refused(capsys: Capture) -> None:
+    assert main(["plan", "--kv-map", "0_1", "--num-layers", "3"]) == EXIT_USER_ERROR
+    assert "--num-layers 2" in capsys.readouterr().err
+
+
+def test_windows_are_drawn_with_and_without_a_size(capsys: Capture) -> None:
+    assert main(["plan", "--kv-pattern", "yoco"]) == 0
+    captured = capsys.readouterr()
+    assert "window ?" in captured.out
+    assert "warning: without --window-size" in captured.err
+    assert main(["plan", "--kv-pattern", "yoco", "--window-size", "512"]) == 0
+    captured = capsys.readouterr()
+    assert "window 512" in captured.out
+    assert captured.err == ""
+
+
+def test_warnings_stay_off_stdout(capsys: Capture) -> None:
+    assert main(["plan", "--json", "--kv-pattern", "lasagna-top", "--kv-layers", "11"]) == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    assert "layer 0 reads" in captured.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--kv-pattern sandwich-top --kv-layers 3", "--kv-pattern yoco", "--kv-pattern gemma:8", ""],
+)
+def test_the_drawing_fits_80_columns(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", *flags.split()]) == 0
+    out = capsys.readouterr().out
+    table, _, footer = out.partition("Shape:")
+    assert max(map(len, table.splitlines())) <= 80
+    assert "--kv-map" in footer
+
+
+def test_the_drawing_tells_roles_groups_and_passes(capsys: Capture) -> None:
+    assert main(["plan", "--kv-map", "0_5_5_5_4_5_6_7"]) == 0
+    out = capsys.readouterr().out
+    for text in ("5 of 8 layers", "upward", "of layer 5 ↑", "own, read by 3 more", "layers 1-5"):
+        assert text in out
+    for text in ("9 (1 without attention)", "9 (8 only K and V)", "7 passes without gradient"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--kv-pattern sandwich-top", ["--kv-layers", "1 to 22"]),
+        ("--kv-patern yoco", ["--kv-pattern"]),
+        ("--kv-pattern sandwch-top --kv-layers 3", ["did you mean sandwich-top"]),
+        ("--kv-map 0_2_1", ["layer 1", "layer 2"]),
+        ("--kv-backward-passes 0", ["--kv-backward-passes"]),
+        ("--num-query-groups 5 --kv-pattern nope", ["2 faults", "--num-query-groups", "nope"]),
+    ],
+)
+def test_errors_are_plain(capsys: Capture, flags: str, expected: list[str]) -> None:
+    assert main(["plan", *flags.split()]) == EXIT_USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    for text in expected:
+        assert text in captured.err
+
+
+def test_help_lists_patterns_and_flags(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "--help"])
+    assert caught.value.code in (0, None)
+    out = capsys.readouterr().out
+    for text in ("sandwich-*", "*-middle-1/4", "cla:G", "--kv-pattern", "--num-layers", "--json"):
+        assert text in out
