@@ -1,0 +1,41 @@
+"""Settings of data and tokenizer (L1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_kvshare.config.types import SCHEMA, Index, dataclass
+
+TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"]
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class DataConfig:
+    """Data: indexed token files (.bin/.idx, made by `kvshare preprocess`) and the tokenizer."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefix of the .bin/.idx files, or a blend: weight prefix weight prefix ..."""
+    train_data_path: tuple[str, ...] = ()
+    """Training data only, instead of --data-path with --split."""
+    valid_data_path: tuple[str, ...] = ()
+    """Validation data only."""
+    test_data_path: tuple[str, ...] = ()
+    """Test data only."""
+    split: str = "969,30,1"
+    """Shares of training, validation and test documents of --data-path."""
+    data_cache_path: str | None = None
+    """Folder for the index of samples; left out: beside the data."""
+    mock_data: bool = False
+    """Train on made-up tokens (no files needed)."""
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
+    """Kind of tokenizer."""
+    tokenizer_model: str | None = None
+    """Tokenizer file (SentencePiece) or folder (Hugging Face)."""
+    reset_position_ids: bool = False
+    """Packed documents: start positions anew after each end-of-document token."""
+    reset_attention_mask: bool = False
+    """Packed documents: documents do not see each other."""
+    eod_mask_loss: bool = False
+    """Packed documents: no loss on end-of-document tokens."""
+    num_workers: Index = 0
+    """Loader processes per rank; 0 loads in the training process."""

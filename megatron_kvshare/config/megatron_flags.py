@@ -1,0 +1,189 @@
+"""Megatron-LM flags that are no settings here: they hold anyway or are refused with a fix (L1).
+
+A Megatron command line runs unchanged or is told, flag by flag, what to write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_kvshare.errors import Fault
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """Not needed. ``values`` are those that hold here; None: any; empty: the flag is a switch."""
+
+    values: tuple[str, ...] | None = ()
+    rule: str = "is always on"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Not supported: ``rule`` is the reason, ``fix`` what to write instead."""
+
+    rule: str
+    fix: str
+
+
+MegatronFlags = Mapping[str, Accepted | Refused]
+
+_ANY = Accepted(values=None)
+_ON = Accepted()
+_LLAMA = "leave it out: the model is Llama-shaped (RMSNorm, RoPE, SwiGLU, no biases)"
+_PP = Refused(
+    "pipeline stages are not supported yet", "leave it out; use tensor and data parallelism"
+)
+_MOE = Refused("mixture of experts is not supported", "leave it out: every layer is dense")
+_FP16 = Refused("fp16 and its loss scaling are not supported", "use --bf16, or neither for fp32")
+_FP8 = Refused("8-bit training is not supported", "use --bf16")
+_SAMPLES = "the length of a run is counted in optimizer steps"
+
+_ACCEPTED: dict[str, Accepted] = {
+    "swiglu": _ON,
+    "group_query_attention": _ON,
+    "disable_bias_linear": _ON,
+    "use_rotary_position_embeddings": _ON,
+    "no_position_embedding": _ON,
+    "normalization": Accepted(("RMSNorm",), "the model uses RMSNorm only"),
+    "position_embedding_type": Accepted(("rope",), "the model uses rotary embeddings only"),
+    "rotary_percent": Accepted(("1.0", "1"), "the whole head is rotated"),
+    "use_mcore_models": _ON,
+    "use_flash_attn": _ON,
+    "attention_backend": Accepted(
+        ("auto", "flash"), "torch picks the fastest exact attention kernel"
+    ),
+    "attention_softmax_in_fp32": _ON,
+    "accumulate_allreduce_grads_in_fp32": _ON,
+    "calculate_per_token_loss": _ON,
+    "optimizer": Accepted(("adam",), "the optimizer is AdamW"),
+    "weight_decay_incr_style": Accepted(("constant",), "weight decay is constant"),
+    "lr_warmup_init": Accepted(("0", "0.0"), "warm-up starts at 0"),
+    "recompute_modules": Accepted(("core_attn",), "selective recompute covers core attention"),
+    "ckpt_format": Accepted(("torch_dist",), "checkpoints are distributed torch checkpoints"),
+    "use_dist_ckpt": _ON,
+    "auto_detect_ckpt_format": _ON,
+    "ckpt_fully_parallel_save": _ON,
+    "dataloader_type": Accepted(("single",), "samples are read in the order of the index"),
+    "no_create_attention_mask_in_dataloader": _ON,
+    "no_masked_softmax_fusion": _ON,
+    "no_bias_swiglu_fusion": _ON,
+    "no_bias_gelu_fusion": _ON,
+    "no_bias_dropout_fusion": _ON,
+    "no_rope_fusion": _ON,
+    "no_gradient_accumulation_fusion": _ON,
+    "no_persist_layer_norm": _ON,
+    "use_cpu_initialization": _ON,
+    "log_throughput": _ON,
+    "log_progress": _ON,
+    "log_validation_ppl_to_tensorboard": _ON,
+    "timing_log_level": _ANY,
+    "num_dataset_builder_threads": _ANY,
+    "manual_gc": _ON,
+    "manual_gc_interval": _ANY,
+    "expert_model_parallel_size": Accepted(("1",), "every layer is dense: there are no experts"),
+    "expert_tensor_parallel_size": Accepted(("1",), "every layer is dense: there are no experts"),
+    "virtual_pipeline_model_parallel_size": Accepted(("1",), "there is one pipeline stage"),
+}
+
+_REFUSED: dict[str, Refused] = {
+    "fp16": _FP16,
+    "loss_scale": _FP16,
+    "initial_loss_scale": _FP16,
+    "min_loss_scale": _FP16,
+    "fp8_format": _FP8,
+    "fp8_recipe": _FP8,
+    "num_experts": _MOE,
+    "moe_router_topk": _MOE,
+    "moe_grouped_gemm": _MOE,
+    "moe_token_dispatcher_type": _MOE,
+    "moe_aux_loss_coeff": _MOE,
+    "num_layers_per_virtual_pipeline_stage": _PP,
+    "num_virtual_stages_per_pipeline_rank": _PP,
+    "pipeline_model_parallel_layout": _PP,
+    "decoder_first_pipeline_num_layers": _PP,
+    "decoder_last_pipeline_num_layers": _PP,
+    "use_megatron_fsdp": Refused("FSDP is not supported", "use --use-distributed-optimizer"),
+    "use_torch_fsdp2": Refused("FSDP is not supported", "use --use-distributed-optimizer"),
+    "tp_comm_overlap": Refused(
+        "overlapped tensor-parallel communication is not supported", "leave it out"
+    ),
+    "rampup_batch_size": Refused(
+        "the global batch keeps its size for the whole run",
+        "leave it out; run first with a small --global-batch-size, then --load with a larger one",
+    ),
+    "train_samples": Refused(_SAMPLES, "use --train-iters (samples / --global-batch-size)"),
+    "lr_decay_samples": Refused(_SAMPLES, "use --lr-decay-iters (samples / --global-batch-size)"),
+    "lr_warmup_samples": Refused(_SAMPLES, "use --lr-warmup-iters (samples / --global-batch-size)"),
+    "lr_wsd_decay_samples": Refused(
+        _SAMPLES, "use --lr-wsd-decay-iters (samples / --global-batch-size)"
+    ),
+    "async_save": Refused("checkpoints are written before training goes on", "leave it out"),
+    "exit_signal_handler": Refused(
+        "signals are not turned into checkpoints", "use --save-interval, or --exit-interval N"
+    ),
+    "exit_duration_in_mins": Refused(
+        "runs do not end by the clock", "use --exit-interval N with --save-interval N"
+    ),
+    "no_save_rng": Refused(
+        "generator states are small and always saved",
+        "leave it out; use --no-load-rng when loading",
+    ),
+    "ckpt_step": Refused("the latest checkpoint is loaded", "leave it out"),
+    "use_checkpoint_args": Refused("settings come from flags and --config", "leave it out"),
+    "no_check_for_nan_in_loss_and_grad": Refused(
+        "loss and gradients are always checked", "use --nan-policy skip or stop"
+    ),
+    "recompute_activations": Refused("it is an old name", "use --recompute-granularity selective"),
+    "distribute_saved_activations": Refused(
+        "saved activations are not distributed", "use --sequence-parallel"
+    ),
+    "vocab_file": Refused("GPT-2 vocabulary files are not read", "use --tokenizer-model"),
+    "merge_file": Refused("GPT-2 merge files are not read", "use --tokenizer-model"),
+    "per_split_data_args_path": Refused(
+        "paths are flags here", "use --train-data-path, --valid-data-path and --test-data-path"
+    ),
+    "data_args_path": Refused("paths are flags here", "use --data-path, or data_path in --config"),
+    "wandb_entity": Refused("wandb reads it itself", "set the environment variable WANDB_ENTITY"),
+    "tensorboard_log_interval": Refused("all logs share one interval", "use --log-interval"),
+    "add_bias_linear": Refused("linear layers have no biases", _LLAMA),
+    "add_qkv_bias": Refused("linear layers have no biases", _LLAMA),
+    "squared_relu": Refused("the activation is SwiGLU", _LLAMA),
+    "openai_gelu": Refused("the activation is SwiGLU", _LLAMA),
+    "qk_layernorm": Refused("queries and keys are not normalised", _LLAMA),
+    "apply_layernorm_1p": Refused("RMSNorm has a plain weight", _LLAMA),
+    "rotary_interleaved": Refused("rotary halves are not interleaved", _LLAMA),
+    "rotary_seq_len_interpolation_factor": Refused(
+        "positions are not interpolated linearly", "use --use-rope-scaling (Llama 3)"
+    ),
+    "multi_latent_attention": Refused("attention is grouped-query attention", _LLAMA),
+    "init_method_xavier_uniform": Refused("initial weights are normal", "use --init-method-std"),
+    "use_legacy_models": Refused("the model is built on megatron-core", "leave it out"),
+}
+
+MEGATRON_FLAGS: MegatronFlags = {**_ACCEPTED, **_REFUSED}
+
+
+def megatron_fault(flag: str, entry: Accepted | Refused, values: tuple[str, ...]) -> Fault | None:
+    """What is wrong with a Megatron flag that was given; None when it changes nothing.
+
+    Args:
+        flag: as written by the user, for the message.
+        entry: its row of the table.
+        values: its values, empty for a switch.
+    """
+    if isinstance(entry, Refused):
+        return Fault(flag, " ".join(values) or "given", entry.rule, entry.fix)
+    if (
+        entry.values is None
+        or values == entry.values
+        or (values and values[0] in entry.values and len(values) == 1)
+    ):
+        return None
+    if not entry.values:
+        return Fault(
+            flag, " ".join(values), "it is a switch and takes no value", f"write {flag} alone"
+        )
+    fix = f"write {flag} {entry.values[0]} or leave it out"
+    return Fault(flag, " ".join(values), entry.rule, fix)

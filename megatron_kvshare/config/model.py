@@ -1,0 +1,159 @@
+"""Settings of the network: shape, who reads whose keys and values, how it is spread (L1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_kvshare.config.types import SCHEMA, Count, Index, NonNegative, Positive, dataclass
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class ModelConfig:
+    """Model: a Llama-shaped decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases)."""
+
+    num_layers: Count = 22
+    """Number of decoder layers."""
+    hidden_size: Count = 2048
+    """Width of the hidden states."""
+    ffn_hidden_size: Count | None = None
+    """Width of the SwiGLU feed-forward; left out: 8/3 of --hidden-size, up to a multiple of 256
+    (2048 gives 5632)."""
+    num_attention_heads: Count = 32
+    """Number of query heads."""
+    num_query_groups: Count | None = None
+    """Number of KV heads (grouped-query attention; 1 is multi-query); left out: one per query
+    head."""
+    kv_channels: Count | None = None
+    """Width of one attention head; left out: --hidden-size / --num-attention-heads."""
+    seq_length: Count = 2048
+    """Tokens per training sequence."""
+    max_position_embeddings: Count | None = None
+    """Longest sequence the model is declared for; left out: --seq-length."""
+    norm_epsilon: Positive = 1e-5
+    """Epsilon of RMSNorm."""
+    rotary_base: Positive = 10000.0
+    """Base (theta) of the rotary embedding; Llama 3 uses 500000."""
+    use_rope_scaling: bool = False
+    """Stretch the rotary frequencies as Llama 3.1 does."""
+    rope_scaling_factor: Positive = 8.0
+    """Llama 3 RoPE scaling: by how much long wavelengths are stretched."""
+    rope_low_freq_factor: Positive = 1.0
+    """Llama 3 RoPE scaling: wavelengths above the original length / this factor are stretched
+    fully."""
+    rope_high_freq_factor: Positive = 4.0
+    """Llama 3 RoPE scaling: wavelengths below the original length / this factor stay as they
+    are."""
+    rope_original_max_positions: Count = 8192
+    """Llama 3 RoPE scaling: the sequence length before stretching."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output head weights of its own instead of the embedding's."""
+    init_method_std: NonNegative = 0.02
+    """Standard deviation of the initial weights."""
+    vocab_size: Count | None = None
+    """True vocabulary size; left out: taken from the tokenizer. Padding happens in memory only."""
+    make_vocab_size_divisible_by: Count = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Layers: megatron-core's own with torch SDPA, or Transformer Engine's when it is installed."""
+    bf16: bool = False
+    """Train in bfloat16 with fp32 master weights; left out: fp32."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Save memory by recomputing in backward: whole layers (full) or core attention only
+    (selective)."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """full: recompute all layers in chunks (uniform) or only the first ones (block); left out:
+    uniform."""
+    recompute_num_layers: Count | None = None
+    """uniform: layers per chunk; block: how many layers to recompute; left out: 1 and all."""
+
+    def __post_init__(self) -> None:
+        """Fill in the one default that follows from another field, so that readers meet a
+        number."""
+        if self.ffn_hidden_size is None:
+            width = -(-8 * self.hidden_size // (3 * 256)) * 256
+            object.__setattr__(self, "ffn_hidden_size", width)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of KV heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the model is declared for, in tokens."""
+        return self.max_position_embeddings or self.seq_length
+
+    def padded_vocab_size(self, tensor_parallel: int = 1, vocab_size: int | None = None) -> int:
+        """Rows of the embedding in memory: padded so that every rank gets an equal part.
+
+        Args:
+            tensor_parallel: tensor-parallel size.
+            vocab_size: true size; defaults to the configured one.
+
+        Raises:
+            ValueError: if neither the argument nor the configuration gives a size.
+        """
+        size = vocab_size if vocab_size is not None else self.vocab_size
+        if size is None:
+            raise ValueError("the vocabulary size is not known yet: pass it or set vocab_size")
+        multiple = self.make_vocab_size_divisible_by * tensor_parallel
+        return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class SharingConfig:
+    """KV sharing: which layer's keys and values each layer reads, and how cyclic maps are
+    iterated."""
+
+    kv_pattern: str = "standard"
+    """Named map, for example standard, sandwich-top, pizza-bottom, lasagna-middle, cla:2, yoco,
+    lckv:2, gemma:10; `kvshare plan --help` lists them all."""
+    kv_layers: Count | None = None
+    """Number of layers that own their keys and values, for the named maps that take it."""
+    kv_map: str | None = None
+    """Explicit map instead of a named one: per layer the layer it reads, joined by _, suffix s for
+    a sliding window, as in 0_1s_1s_3."""
+    window_size: Count | None = None
+    """Sliding-window width in tokens for the layers marked s; the token itself counts."""
+    kv_forward_passes: Index = 7
+    """Passes without gradient over each cyclic group (m)."""
+    kv_backward_passes: Count = 2
+    """Passes with gradient over each cyclic group (b)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class ParallelConfig:
+    """Parallelism: how the model and the batch are spread over processes."""
+
+    tensor_model_parallel_size: Count = 1
+    """Processes that share each layer's weights."""
+    pipeline_model_parallel_size: Count = 1
+    """Pipeline stages (only 1 for now)."""
+    context_parallel_size: Count = 1
+    """Processes that share each sequence (only 1)."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel processes."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer state over the data-parallel processes."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while forward already runs (needs --use-distributed-optimizer)."""
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Communication library; auto is nccl with GPUs and gloo without."""
+    distributed_timeout_minutes: Count = 10
+    """How long a collective may wait before the run is given up."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model together."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )

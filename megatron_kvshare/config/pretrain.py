@@ -1,0 +1,120 @@
+"""The command line of ``kvshare pretrain``: settings, rules and help in one place (L1)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_kvshare.config.cli import Command, parse
+from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
+from megatron_kvshare.config.rule import Rule
+from megatron_kvshare.config.rules_model import (
+    MODEL_RULES,
+    PARALLEL_RULES,
+    SHARING_RULES,
+    sharing_map,
+)
+from megatron_kvshare.config.rules_run import RUN_RULES, world_size_faults
+from megatron_kvshare.config.schema import PretrainConfig
+from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.sharing import patterns
+
+_DESCRIPTION = """
+Pretrain a Llama-shaped decoder whose layers share keys and values. Flags keep Megatron's names;
+Megatron's selecting flags (--swiglu, --group-query-attention, --normalization RMSNorm, ...) are
+accepted and not needed. Start it alone, or on several processes with torchrun.
+"""
+
+_EXAMPLES = """
+# what would run, and does it fit? Needs no GPU and no other process:
+kvshare pretrain --config run.yaml --dry-run
+# a small model on made-up tokens:
+kvshare pretrain --mock-data --vocab-size 1000 --num-layers 4 --hidden-size 64 \\
+    --num-attention-heads 4 --seq-length 128 --train-iters 10
+# half the KV cache: 11 of 22 layers own keys and values, the middle block reads its top layer:
+torchrun --nproc_per_node 8 -m megatron_kvshare pretrain \\
+    --kv-pattern sandwich-top --kv-layers 11 --num-query-groups 4 \\
+    --data-path data/corpus --tokenizer-model data/tokenizer.model \\
+    --global-batch-size 256 --train-iters 10000 --lr-warmup-fraction 0.01 --bf16 \\
+    --save runs/top --load runs/top --save-interval 1000
+# the same settings in a file, one changed:
+kvshare pretrain --config run.yaml --kv-pattern pizza-bottom
+"""
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is spread: its size = micro batch x microbatches x replicas."""
+
+    data_parallel_size: int
+    global_batch_size: int
+    num_microbatches: int
+
+
+def parse_pretrain(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> PretrainConfig:
+    """The checked configuration of a run.
+
+    Args:
+        argv: arguments after ``kvshare pretrain``.
+        environ: ``WORLD_SIZE`` of torchrun is read from it.
+
+    Raises:
+        ConfigError: with every fault at once.
+    """
+
+    def processes_fit(config: PretrainConfig) -> list[Fault]:
+        return list(world_size_faults(config, world_size(config, environ)))
+
+    reads = (
+        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"
+        " micro_batch_size global_batch_size"
+    )
+    processes = Rule(processes_fit, frozenset(reads.split()))
+    command = Command(
+        prog="kvshare pretrain",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+        rules=(*MODEL_RULES, *SHARING_RULES, *PARALLEL_RULES, *RUN_RULES, processes),
+        megatron=MEGATRON_FLAGS,
+    )
+    return parse(PretrainConfig, argv, command)
+
+
+def world_size(config: PretrainConfig, environ: Mapping[str, str] = os.environ) -> int:
+    """Number of processes. A dry run outside torchrun plans for one copy of the model."""
+    given = environ.get("WORLD_SIZE")
+    if given is not None:
+        if not given.isdecimal() or int(given) < 1:
+            rule_text = "the number of processes must be a whole number of at least 1"
+            fix = "start with torchrun, which sets it, or unset WORLD_SIZE"
+            raise ConfigError(Fault("environment variable WORLD_SIZE", given, rule_text, fix))
+        return int(given)
+    return config.parallel.model_parallel_size if config.dry_run else 1
+
+
+def batch_layout(config: PretrainConfig, world_size: int) -> BatchLayout:
+    """How the global batch is spread over ``world_size`` processes (which passed the rules)."""
+    micro = config.train.micro_batch_size
+    replicas = world_size // config.parallel.model_parallel_size
+    batch = config.train.global_batch_size or micro * replicas
+    return BatchLayout(replicas, batch, batch // (micro * replicas))
+
+
+def pretrain_warnings(config: PretrainConfig) -> list[str]:
+    """What is allowed and probably not meant, one sentence each."""
+    train, checkpoint, parallel = config.train, config.checkpoint, config.parallel
+    found = list(
+        patterns.warnings(sharing_map(config.model, config.sharing), config.sharing.window_size)
+    )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        found.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")
+    if train.lr_wsd_decay_iters is not None and train.lr_decay_style != "WSD":
+        found.append(f"--lr-wsd-decay-iters has no effect with {train.lr_decay_style} decay")
+    if checkpoint.load is None and (checkpoint.no_load_optim or checkpoint.no_load_rng):
+        found.append("--no-load-optim and --no-load-rng have no effect without --load")
+    if checkpoint.save is None and not config.dry_run:
+        found.append("nothing will be saved: give --save FOLDER to keep the model")
+    if config.log.wandb_exp_name is not None and config.log.wandb_project is None:
+        found.append("--wandb-exp-name has no effect without --wandb-project")
+    return found

@@ -1,0 +1,35 @@
+"""A rule about several settings, and how rules are run (L1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from megatron_kvshare.errors import Fault
+
+C = TypeVar("C", contravariant=True)
+
+
+@dataclass(frozen=True)
+class Rule(Generic[C]):
+    """``check`` yields the faults of a configuration.
+
+    It is skipped when a setting it ``reads`` is itself faulty, so that one slip is reported once
+    and hides nothing else.
+    """
+
+    check: Callable[[C], Iterable[Fault]]
+    reads: frozenset[str]
+
+
+def rule(reads: str) -> Callable[[Callable[[C], Iterable[Fault]]], Rule[C]]:
+    """Make a rule of a function; ``reads`` names the settings it looks at, separated by spaces."""
+    return lambda check: Rule(check, frozenset(reads.split()))
+
+
+def broken(rules: Sequence[Rule[Any]], config: object, faulty: frozenset[str]) -> Iterator[Fault]:
+    """The faults of all rules that can be judged."""
+    for each in rules:
+        if not each.reads & faulty:
+            yield from each.check(config)

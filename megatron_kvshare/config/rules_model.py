@@ -1,0 +1,256 @@
+"""Rules of the model: sizes, the sharing map, parallel layout (L1).
+
+Written against anything that has ``model``, ``sharing`` or ``parallel``, so that every subcommand
+can use them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingConfig
+from megatron_kvshare.config.rule import rule
+from megatron_kvshare.errors import Fault, MapError
+from megatron_kvshare.sharing import patterns
+from megatron_kvshare.sharing.map import SharingMap
+
+
+class HasModel(Protocol):
+    """A configuration with a model."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+
+class HasSharing(HasModel, Protocol):
+    """A configuration with a model and a sharing map."""
+
+    @property
+    def sharing(self) -> SharingConfig: ...
+
+
+class HasParallel(HasModel, Protocol):
+    """A configuration with a model and its parallel layout."""
+
+    @property
+    def parallel(self) -> ParallelConfig: ...
+
+
+def multiples(value: int, step: int) -> str:
+    """The multiples of ``step`` next to ``value``, for a fix: ``"96 or 128"``."""
+    below, above = value // step * step, -(-value // step) * step
+    return f"{below} or {above}" if 0 < below < above else str(above)
+
+
+def divisor(value: int, limit: int) -> int:
+    """The largest divisor of ``value`` that is at most ``limit``."""
+    return max(each for each in range(1, min(value, limit) + 1) if value % each == 0)
+
+
+def sharing_map(model: ModelConfig, sharing: SharingConfig) -> SharingMap:
+    """The map that the settings ask for. Raises :class:`MapError`."""
+    return patterns.build_map(
+        model.num_layers, sharing.kv_pattern, sharing.kv_layers, sharing.kv_map
+    )
+
+
+@rule("hidden_size num_attention_heads kv_channels")
+def heads_fit(config: HasModel) -> Iterator[Fault]:
+    """Heads cut the hidden size evenly, and rotary embeddings rotate pairs."""
+    model = config.model
+    heads = model.num_attention_heads
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield Fault(
+            "--hidden-size",
+            model.hidden_size,
+            f"without --kv-channels it must be divisible by --num-attention-heads {heads}",
+            f"use --hidden-size {multiples(model.hidden_size, heads)}, "
+            f"or --num-attention-heads {divisor(model.hidden_size, heads)}",
+        )
+    elif model.head_dim % 2:
+        flag = "--kv-channels" if model.kv_channels else "--hidden-size"
+        value = model.kv_channels or model.hidden_size
+        step = 2 if model.kv_channels else 2 * heads
+        rule_text = f"the head width {model.head_dim} must be even (rotary embeddings rotate pairs)"
+        yield Fault(flag, value, rule_text, f"use {flag} {multiples(value, step)}")
+
+
+@rule("num_attention_heads num_query_groups")
+def groups_fit(config: HasModel) -> Iterator[Fault]:
+    """Every KV head serves the same number of query heads."""
+    heads, groups = config.model.num_attention_heads, config.model.query_groups
+    if heads % groups:
+        yield Fault(
+            "--num-query-groups",
+            groups,
+            f"it must divide --num-attention-heads {heads}",
+            f"use --num-query-groups {divisor(heads, groups)}",
+        )
+
+
+@rule("seq_length max_position_embeddings")
+def positions_fit(config: HasModel) -> Iterator[Fault]:
+    """The declared positions cover the training sequence."""
+    model = config.model
+    if model.seq_length > model.max_positions:
+        yield Fault(
+            "--max-position-embeddings",
+            model.max_position_embeddings,
+            f"it must be at least --seq-length {model.seq_length}",
+            f"use --max-position-embeddings {model.seq_length} or leave it out",
+        )
+
+
+@rule("use_rope_scaling rope_low_freq_factor rope_high_freq_factor")
+def rope_scaling_fits(config: HasModel) -> Iterator[Fault]:
+    """The two wavelength limits of Llama 3 scaling are in order."""
+    model = config.model
+    if model.use_rope_scaling and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        yield Fault(
+            "--rope-low-freq-factor",
+            model.rope_low_freq_factor,
+            f"it must be below --rope-high-freq-factor {model.rope_high_freq_factor:g}",
+            "use --rope-low-freq-factor 1 --rope-high-freq-factor 4 (Llama 3)",
+        )
+
+
+@rule("recompute_granularity recompute_method recompute_num_layers num_layers")
+def recompute_fits(config: HasModel) -> Iterator[Fault]:
+    """Method and number of layers belong to full recompute."""
+    model = config.model
+    extras = {
+        "--recompute-method": model.recompute_method,
+        "--recompute-num-layers": model.recompute_num_layers,
+    }
+    if model.recompute_granularity != "full":
+        for flag, value in extras.items():
+            if value is not None:
+                rule_text = "it has a meaning with --recompute-granularity full only"
+                yield Fault(
+                    flag, value, rule_text, f"add --recompute-granularity full or drop {flag}"
+                )
+    elif (model.recompute_num_layers or 0) > model.num_layers:
+        rule_text = f"it must be at most --num-layers {model.num_layers}"
+        fix = f"use --recompute-num-layers {model.num_layers} or less"
+        yield Fault("--recompute-num-layers", model.recompute_num_layers, rule_text, fix)
+
+
+@rule("transformer_impl")
+def transformer_engine_is_there(config: HasModel) -> Iterator[Fault]:
+    """Transformer Engine is optional and must be importable when asked for."""
+    if config.model.transformer_impl == "transformer_engine" and not _importable(
+        "transformer_engine"
+    ):
+        yield Fault(
+            "--transformer-impl",
+            "transformer_engine",
+            "Transformer Engine is not installed here",
+            "use --transformer-impl local, or pip install transformer-engine[pytorch]",
+        )
+
+
+@rule("num_layers kv_pattern kv_layers kv_map window_size")
+def map_is_valid(config: HasSharing) -> Iterator[Fault]:
+    """The map exists for this number of layers, and its windows have a size."""
+    try:
+        built = sharing_map(config.model, config.sharing)
+    except MapError as error:
+        yield from map(_at_flag, error.faults)
+    else:
+        yield from patterns.window_faults(built, config.sharing.window_size)
+
+
+@rule("pipeline_model_parallel_size context_parallel_size")
+def layout_is_supported(config: HasParallel) -> Iterator[Fault]:
+    """Only tensor, sequence and data parallelism are there."""
+    parallel = config.parallel
+    sizes = {
+        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
+        "--context-parallel-size": parallel.context_parallel_size,
+    }
+    for flag, size in sizes.items():
+        if size > 1:
+            fix = f"use {flag} 1 and spread the model with --tensor-model-parallel-size"
+            yield Fault(flag, size, "it is not supported", fix)
+
+
+@rule(
+    "num_attention_heads num_query_groups hidden_size kv_channels ffn_hidden_size"
+    " tensor_model_parallel_size"
+)
+def tensor_parallel_fits(config: HasParallel) -> Iterator[Fault]:
+    """Every rank gets the same number of heads and of feed-forward columns.
+
+    KV heads may be fewer than ranks: then ranks share one, and its width must cut evenly.
+    """
+    model, size = config.model, config.parallel.tensor_model_parallel_size
+    flag = "--tensor-model-parallel-size"
+    heads, groups = model.num_attention_heads, model.query_groups
+    width = groups * model.head_dim
+    if heads % size:
+        rule_text = f"--num-attention-heads {heads} must be divisible by it"
+        yield Fault(flag, size, rule_text, f"use {flag} {divisor(heads, size)}")
+    ffn = model.ffn_hidden_size or 0
+    if ffn % size:
+        rule_text = f"--ffn-hidden-size {ffn} must be divisible by it"
+        yield Fault(flag, size, rule_text, f"use --ffn-hidden-size {multiples(ffn, size)}")
+    if groups < heads and heads % groups == 0 and size % groups and groups % size:
+        rule_text = f"it and the {groups} KV heads (--num-query-groups) must divide one another"
+        yield Fault(flag, size, rule_text, f"use {flag} {divisor(groups, size)}")
+    elif width % size:
+        rule_text = f"the width of all KV heads, {width}, must be divisible by it"
+        yield Fault(flag, size, rule_text, f"use {flag} {divisor(width, size)}")
+
+
+@rule("sequence_parallel seq_length tensor_model_parallel_size")
+def sequence_parallel_fits(config: HasParallel) -> Iterator[Fault]:
+    """Every tensor-parallel rank gets the same part of the sequence."""
+    length, size = config.model.seq_length, config.parallel.tensor_model_parallel_size
+    if config.parallel.sequence_parallel and length % size:
+        yield Fault(
+            "--seq-length",
+            length,
+            f"with --sequence-parallel it must be divisible by --tensor-model-parallel-size {size}",
+            f"use --seq-length {multiples(length, size)}",
+        )
+
+
+@rule("overlap_param_gather use_distributed_optimizer overlap_grad_reduce")
+def overlap_fits(config: HasParallel) -> Iterator[Fault]:
+    """Gathering weights during forward belongs to the distributed optimizer with overlapped
+    reduction."""
+    parallel = config.parallel
+    needed = {
+        "--use-distributed-optimizer": parallel.use_distributed_optimizer,
+        "--overlap-grad-reduce": parallel.overlap_grad_reduce,
+    }
+    missing = [flag for flag, given in needed.items() if not given]
+    if parallel.overlap_param_gather and missing:
+        rule_text = f"it needs {' and '.join(missing)}"
+        yield Fault("--overlap-param-gather", True, rule_text, f"add {' '.join(missing)}")
+
+
+def _at_flag(fault: Fault) -> Fault:
+    """Faults inside an explicit map name a layer: say which flag holds it."""
+    if fault.where.startswith("--"):
+        return fault
+    return replace(fault, where=f"--kv-map, {fault.where}")
+
+
+def _importable(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+MODEL_RULES = (
+    heads_fit,
+    groups_fit,
+    positions_fit,
+    rope_scaling_fits,
+    recompute_fits,
+    transformer_engine_is_there,
+)
+SHARING_RULES = (map_is_valid,)
+PARALLEL_RULES = (layout_is_supported, tensor_parallel_fits, sequence_parallel_fits, overlap_fits)

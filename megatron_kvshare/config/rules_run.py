@@ -1,0 +1,277 @@
+"""Rules of a training run: batch, learning rate, data, checkpoints, logs, processes (L1)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_kvshare.config.blend import check_split, parse_blend
+from megatron_kvshare.config.data import DataConfig
+from megatron_kvshare.config.rule import rule
+from megatron_kvshare.config.rules_model import multiples, sharing_map
+from megatron_kvshare.config.schema import PretrainConfig
+from megatron_kvshare.errors import ConfigError, Fault, MapError
+
+
+@rule("global_batch_size micro_batch_size")
+def batch_fits(config: PretrainConfig) -> Iterator[Fault]:
+    """A global batch is cut into whole micro-batches."""
+    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
+    if batch is not None and batch % micro:
+        yield Fault(
+            "--global-batch-size",
+            batch,
+            f"it must be divisible by --micro-batch-size {micro}",
+            f"use --global-batch-size {multiples(batch, micro)}",
+        )
+
+
+@rule("lr min_lr")
+def learning_rates_are_ordered(config: PretrainConfig) -> Iterator[Fault]:
+    """The schedule goes down, not up."""
+    train = config.train
+    if train.min_lr > train.lr:
+        fix = f"use --min-lr {train.lr / 10:g} (a tenth of --lr)"
+        yield Fault("--min-lr", train.min_lr, f"it must be at most --lr {train.lr:g}", fix)
+
+
+@rule("lr_warmup_iters lr_warmup_fraction lr_decay_iters train_iters")
+def warmup_fits(config: PretrainConfig) -> Iterator[Fault]:
+    """Warm-up is given one way and ends before the decay does."""
+    train = config.train
+    if train.lr_warmup_fraction is not None and train.lr_warmup_iters:
+        rule_text = f"it excludes --lr-warmup-fraction {train.lr_warmup_fraction:g}"
+        yield Fault("--lr-warmup-iters", train.lr_warmup_iters, rule_text, "give only one of them")
+    elif train.warmup_iters >= train.decay_iters:
+        by_fraction = train.lr_warmup_fraction is not None
+        flag = "--lr-warmup-fraction" if by_fraction else "--lr-warmup-iters"
+        value = train.lr_warmup_fraction if by_fraction else train.lr_warmup_iters
+        fix = f"use {flag} {0.01 if by_fraction else max(train.decay_iters // 100, 0)}"
+        rule_text = f"warm-up must end before the decay does, at step {train.decay_iters}"
+        yield Fault(flag, value, rule_text, fix)
+
+
+@rule("lr_decay_style lr_wsd_decay_iters lr_decay_iters train_iters")
+def wsd_fits(config: PretrainConfig) -> Iterator[Fault]:
+    """Warm-up-stable-decay needs to know how long the decay is."""
+    train, flag = config.train, "--lr-wsd-decay-iters"
+    if train.lr_decay_style != "WSD":
+        return
+    fix = f"use {flag} {max(train.decay_iters // 10, 1)} (a tenth of the {train.decay_iters} steps)"
+    if train.lr_wsd_decay_iters is None:
+        yield Fault(flag, None, "--lr-decay-style WSD needs it", fix)
+    elif train.lr_wsd_decay_iters > train.decay_iters:
+        rule_text = f"it must be at most the {train.decay_iters} steps of the schedule"
+        yield Fault(flag, train.lr_wsd_decay_iters, rule_text, fix)
+
+
+@rule("attention_dropout hidden_dropout num_layers kv_pattern kv_layers kv_map")
+def dropout_is_off(config: PretrainConfig) -> Iterator[Fault]:
+    """Dropout is not implemented; over iterated passes it would not even be well defined."""
+    reason = "dropout is not supported"
+    try:
+        if sharing_map(config.model, config.sharing).is_cyclic:
+            reason += ", and with a cyclic map every pass would see another mask"
+    except MapError:
+        pass  # reported by the map's own rule
+    for name in ("attention_dropout", "hidden_dropout"):
+        value = getattr(config.train, name)
+        if value > 0:
+            flag = "--" + name.replace("_", "-")
+            yield Fault(flag, value, reason, f"use {flag} 0 or leave it out")
+
+
+@rule("data_path train_data_path valid_data_path test_data_path mock_data")
+def data_is_given(config: PretrainConfig) -> Iterator[Fault]:
+    """There is something to train on, named in one way."""
+    data = config.data
+    per_part = bool(data.train_data_path or data.valid_data_path or data.test_data_path)
+    if data.mock_data:
+        return
+    if data.data_path and per_part:
+        rule_text = "it excludes --train-data-path, --valid-data-path and --test-data-path"
+        fix = "give --data-path with --split, or the three paths without it"
+        yield Fault("--data-path", " ".join(data.data_path), rule_text, fix)
+    elif per_part and not data.train_data_path:
+        rule_text = "there is a path for another part but none for training"
+        yield Fault("--train-data-path", None, rule_text, "add --train-data-path PREFIX")
+    elif not data.data_path and not per_part:
+        rule_text = "there is nothing to train on"
+        fix = "give --data-path PREFIX (made by `kvshare preprocess`), or try --mock-data"
+        yield Fault("--data-path", None, rule_text, fix)
+
+
+@rule("data_path train_data_path valid_data_path test_data_path mock_data")
+def data_exists(config: PretrainConfig) -> Iterator[Fault]:
+    """Blends are well formed and every prefix has its two files."""
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        words = getattr(config.data, name)
+        if not words or config.data.mock_data:
+            continue
+        flag = "--" + name.replace("_", "-")
+        try:
+            sources = parse_blend(flag, words)
+        except ConfigError as error:
+            yield from error.faults
+            continue
+        for prefix, _ in sources:
+            yield from _missing_files(flag, prefix)
+
+
+def _missing_files(flag: str, prefix: str) -> Iterator[Fault]:
+    stem, ending = os.path.splitext(prefix)
+    if ending in (".bin", ".idx"):
+        yield Fault(flag, prefix, "a prefix has no ending", f"write {flag} {stem}")
+        return
+    missing = [f"{prefix}{end}" for end in (".bin", ".idx") if not os.path.isfile(f"{prefix}{end}")]
+    if not missing:
+        return
+    longer = f"{prefix}_text_document"
+    fix = f"make it with `kvshare preprocess --input FILE --output-prefix {prefix} ...`"
+    if os.path.isfile(f"{longer}.idx"):
+        fix = f"write {flag} {longer}"
+    yield Fault(flag, prefix, f"there is no file {' and no file '.join(missing)}", fix)
+
+
+@rule("split mock_data data_path")
+def split_is_valid(config: PretrainConfig) -> Iterator[Fault]:
+    """The split is three shares."""
+    try:
+        check_split(config.data.split)
+    except ConfigError as error:
+        yield from error.faults
+
+
+@rule("tokenizer_type tokenizer_model vocab_size mock_data")
+def tokenizer_is_given(config: PretrainConfig) -> Iterator[Fault]:
+    """The vocabulary is known: from a tokenizer, or its size is given.
+
+    Without either, indexed data may still carry a note of it; that is judged when it is opened.
+    """
+    data = config.data
+    if data.tokenizer_type == "NullTokenizer":
+        if config.model.vocab_size is None:
+            fix = "add --vocab-size N (for example 32000)"
+            yield Fault("--vocab-size", None, "--tokenizer-type NullTokenizer needs it", fix)
+    elif data.tokenizer_model is not None:
+        yield from _tokenizer_files(data, data.tokenizer_model)
+    elif data.tokenizer_type == "HuggingFaceTokenizer":
+        rule_text = "--tokenizer-type HuggingFaceTokenizer needs it"
+        yield Fault("--tokenizer-model", None, rule_text, "add --tokenizer-model FOLDER")
+    elif data.mock_data and config.model.vocab_size is None:
+        fix = "add --vocab-size N (for example 32000)"
+        yield Fault("--vocab-size", None, "made-up tokens need a vocabulary size", fix)
+
+
+def _tokenizer_files(data: DataConfig, name: str) -> Iterator[Fault]:
+    is_sentencepiece = data.tokenizer_type == "SentencePieceTokenizer"
+    if not os.path.exists(name):
+        fix = "give a tokenizer.json or its folder (names on a hub are not looked up)"
+        if is_sentencepiece:
+            fix = "give the .model file, for example from `kvshare train-tokenizer`"
+        yield Fault("--tokenizer-model", name, "there is no such file", fix)
+    elif not is_sentencepiece and name.endswith(".model"):
+        fix = "use --tokenizer-type SentencePieceTokenizer, or give a Hugging Face folder"
+        yield Fault("--tokenizer-model", name, "this is a SentencePiece file", fix)
+
+
+@rule("save save_interval")
+def saving_is_possible(config: PretrainConfig) -> Iterator[Fault]:
+    """The folder can be written, and an interval has somewhere to go."""
+    checkpoint = config.checkpoint
+    if checkpoint.save is not None:
+        yield from _writable("--save", checkpoint.save)
+    elif checkpoint.save_interval is not None:
+        rule_text = "there is no folder to save to"
+        fix = "add --save FOLDER or drop --save-interval"
+        yield Fault("--save-interval", checkpoint.save_interval, rule_text, fix)
+
+
+@rule("load save exit_on_missing_checkpoint finetune")
+def loading_is_possible(config: PretrainConfig) -> Iterator[Fault]:
+    """``--load`` exists, unless it is the ``--save`` folder of a run that has yet to start."""
+    checkpoint = config.checkpoint
+    if checkpoint.load is None:
+        if checkpoint.finetune:
+            rule_text = "there is nothing to start from"
+            yield Fault("--finetune", True, rule_text, "add --load FOLDER or drop --finetune")
+        return
+    may_be_new = checkpoint.load == checkpoint.save and not checkpoint.exit_on_missing_checkpoint
+    if not may_be_new and not os.path.isdir(checkpoint.load):
+        fix = "give the --save folder of an earlier run, or drop --load to start fresh"
+        yield Fault("--load", checkpoint.load, "there is no such folder", fix)
+
+
+@rule("metrics_file tensorboard_dir wandb_project")
+def logs_can_be_written(config: PretrainConfig) -> Iterator[Fault]:
+    """Log files have a place, and the packages asked for are installed."""
+    log = config.log
+    if log.metrics_file is not None:
+        if os.path.isdir(log.metrics_file):
+            fix = f"use --metrics-file {os.path.join(log.metrics_file, 'metrics.jsonl')}"
+            yield Fault("--metrics-file", log.metrics_file, "this is a folder", fix)
+        else:
+            yield from _writable("--metrics-file", log.metrics_file, parent=True)
+    if log.tensorboard_dir is not None:
+        yield from _writable("--tensorboard-dir", log.tensorboard_dir)
+        yield from _installed("--tensorboard-dir", log.tensorboard_dir, "tensorboard")
+    if log.wandb_project is not None:
+        yield from _installed("--wandb-project", log.wandb_project, "wandb")
+
+
+def _installed(flag: str, value: str, package: str) -> Iterator[Fault]:
+    if importlib.util.find_spec(package) is None:
+        rule_text = f"the package {package} is not installed"
+        yield Fault(flag, value, rule_text, f"pip install {package}, or drop {flag}")
+
+
+def _writable(flag: str, name: str, parent: bool = False) -> Iterator[Fault]:
+    """Look at the nearest existing folder; nothing is created before the run starts."""
+    path = Path(name).absolute()
+    path = path.parent if parent else path
+    # os.path.exists, because Path.exists raises where a folder may not be looked into.
+    existing = next(each for each in (path, *path.parents) if os.path.exists(each))
+    fix = f"give {flag} a path inside a folder you can write to"
+    if not os.path.isdir(existing):
+        yield Fault(flag, name, f"{existing} is a file, not a folder", fix)
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Fault(flag, name, f"the folder {existing} cannot be written", fix)
+
+
+def world_size_faults(config: PretrainConfig, world_size: int) -> Iterator[Fault]:
+    """What is wrong with running this configuration on ``world_size`` processes."""
+    size = config.parallel.tensor_model_parallel_size
+    if world_size % size:
+        rule_text = f"the number of processes, {world_size}, must be a multiple of it"
+        fix = f"start with torchrun --nproc_per_node {multiples(world_size, size)}"
+        yield Fault("--tensor-model-parallel-size", size, rule_text, fix)
+        return
+    train, replicas = config.train, world_size // size
+    step = train.micro_batch_size * replicas
+    batch = train.global_batch_size
+    if batch is not None and batch % train.micro_batch_size == 0 and batch % step:
+        yield Fault(
+            "--global-batch-size",
+            batch,
+            f"it must be divisible by --micro-batch-size {train.micro_batch_size} x"
+            f" {replicas} data-parallel replicas = {step}",
+            f"use --global-batch-size {multiples(batch, step)}",
+        )
+
+
+RUN_RULES = (
+    batch_fits,
+    learning_rates_are_ordered,
+    warmup_fits,
+    wsd_fits,
+    dropout_is_off,
+    data_is_given,
+    data_exists,
+    split_is_valid,
+    tokenizer_is_given,
+    saving_is_possible,
+    loading_is_possible,
+    logs_can_be_written,
+)

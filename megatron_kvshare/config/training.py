@@ -1,0 +1,130 @@
+"""Settings of the optimisation, of checkpoints and of logs (L1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_kvshare.config.types import (
+    SCHEMA,
+    Count,
+    Fraction,
+    Index,
+    Momentum,
+    NonNegative,
+    Positive,
+    dataclass,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class TrainConfig:
+    """Training: batch, length, optimizer (AdamW), learning rate, evaluation."""
+
+    micro_batch_size: Count = 1
+    """Sequences per process and forward pass."""
+    global_batch_size: Count | None = None
+    """Sequences per optimizer step over all processes; left out: --micro-batch-size x data-parallel
+    size."""
+    train_iters: Count = 1000
+    """Optimizer steps in total, those before a resume included."""
+    lr: Positive = 4e-4
+    """Peak learning rate."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay; WSD is warm-up, stable, decay."""
+    lr_decay_iters: Count | None = None
+    """Step at which the decay is complete; left out: --train-iters."""
+    lr_warmup_iters: Index = 0
+    """Steps of linear warm-up."""
+    lr_warmup_fraction: Fraction | None = None
+    """Warm-up as a fraction of the decay steps, instead of --lr-warmup-iters."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """WSD: shape of the final decay."""
+    lr_wsd_decay_iters: Count | None = None
+    """WSD: steps of the final decay."""
+    weight_decay: NonNegative = 0.1
+    """AdamW weight decay (norms and other vectors are left out)."""
+    clip_grad: NonNegative = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    adam_beta1: Momentum = 0.9
+    """AdamW beta 1."""
+    adam_beta2: Momentum = 0.95
+    """AdamW beta 2 (0.95 as in Llama; Megatron's default is 0.999)."""
+    adam_eps: Positive = 1e-8
+    """AdamW epsilon."""
+    attention_dropout: Fraction = 0.0
+    """Accepted as 0 only: dropout is not supported."""
+    hidden_dropout: Fraction = 0.0
+    """Accepted as 0 only: dropout is not supported."""
+    seed: Index = 1234
+    """Seed of initial weights and data order."""
+    eval_interval: Count = 1000
+    """Steps between two evaluations on the validation split."""
+    eval_iters: Index = 10
+    """Global batches per evaluation; 0 turns evaluation off."""
+    nan_policy: Literal["skip", "stop"] = "skip"
+    """A step with NaN or Inf in loss or gradients is skipped and counted, or stops the run."""
+    nan_max_consecutive_skips: Count = 10
+    """Under skip: stop after this many skipped steps in a row."""
+    exit_interval: Count | None = None
+    """Save and stop at the next step that is a multiple of this."""
+
+    @property
+    def decay_iters(self) -> int:
+        """Step at which the learning-rate decay is complete."""
+        return self.lr_decay_iters or self.train_iters
+
+    @property
+    def warmup_iters(self) -> int:
+        """Steps of linear warm-up, given as a number or as a fraction."""
+        if self.lr_warmup_fraction is not None:
+            return int(self.lr_warmup_fraction * self.decay_iters)
+        return self.lr_warmup_iters
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class CheckpointConfig:
+    """Checkpoints: where to save and what to continue from."""
+
+    save: str | None = None
+    """Folder to save to, every --save-interval steps and at the end."""
+    load: str | None = None
+    """Folder to continue from. The same as --save: continue when it holds a checkpoint, else start
+    fresh."""
+    save_interval: Count | None = None
+    """Steps between two checkpoints; left out: at the end only."""
+    exit_on_missing_checkpoint: bool = False
+    """Stop when --load holds no checkpoint, even if it is the --save folder."""
+    no_save_optim: bool = False
+    """Save weights without the optimizer state."""
+    no_load_optim: bool = False
+    """Load weights without the optimizer state."""
+    no_load_rng: bool = False
+    """Do not restore the random number generators."""
+    finetune: bool = False
+    """Load the weights only and start from step 0."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class LogConfig:
+    """Logging: console, metrics file, TensorBoard, wandb."""
+
+    log_interval: Count = 10
+    """Steps between two log lines."""
+    metrics_file: str | None = None
+    """JSON-lines file that gets one object per logged step; appended to on resume."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard events."""
+    wandb_project: str | None = None
+    """wandb project; left out: no wandb."""
+    wandb_exp_name: str | None = None
+    """wandb name of the run."""
+    wandb_save_dir: str | None = None
+    """Folder for wandb's files."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline needs no network; upload later with `wandb sync`."""
+    peak_tflops: Positive | None = None
+    """Peak TFLOP/s of one device for MFU; left out: measured with a matrix product."""
+    log_kv_residual: bool = True
+    """Cyclic maps: log how far the shared KV still moves in the last pass."""
