@@ -1,0 +1,95 @@
+"""Process groups: from the launcher's environment to a :class:`ParallelState` (L2)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_kvshare.megatron_api.platform import Platform, activate
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """This process's place in the job; ranks and sizes of the tensor- and data-parallel groups."""
+
+    platform: Platform
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that prints and writes for the whole job."""
+        return self.rank == 0
+
+
+def launched_world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun announces them; (0, 1, 0) without a launcher."""
+    env = os.environ
+    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+
+
+def _start_process_group(platform: Platform, timeout: timedelta) -> None:
+    rank, world_size, _ = launched_world()
+    if world_size == 1:
+        dist.init_process_group(
+            platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    else:
+        dist.init_process_group(platform.backend, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def initialize(
+    tensor_parallel: int = 1, backend: str = "auto", timeout_minutes: float = 10.0
+) -> ParallelState:
+    """Start ``torch.distributed`` if nobody has, and megatron-core's groups for this layout."""
+    platform = activate(backend, launched_world()[2])
+    if not dist.is_initialized():
+        _start_process_group(platform, timedelta(minutes=timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        create_gloo_process_groups=True,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+    )
+    return current_state(platform)
+
+
+def current_state(platform: Platform) -> ParallelState:
+    """Read the groups megatron-core has built."""
+    return ParallelState(
+        platform=platform,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def destroy(keep_world: bool = False) -> None:
+    """Tear down the groups; ``keep_world`` leaves ``torch.distributed`` itself for another
+    layout."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if not keep_world and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sum ``tensor`` over ``group`` in place; free when the group has one member."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor

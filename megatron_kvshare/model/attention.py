@@ -1,0 +1,91 @@
+"""Self-attention whose keys and values may belong to another layer (L3). Source: arXiv
+2410.14442."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_kvshare.megatron_api.layers import TransformerConfig, gather_last_dim
+from megatron_kvshare.model.context import SequenceContext
+from megatron_kvshare.model.core_attention import attend
+from megatron_kvshare.model.heads import HeadLayout
+from megatron_kvshare.model.kv import KV
+from megatron_kvshare.model.rotary import Heads, split_heads
+from megatron_kvshare.model.specs import LayerSpec
+
+
+class SharedKVAttention(nn.Module):
+    """Layer ``layer``'s attention; a consumer has no key and value weights.
+
+    ``linear_qkv`` holds this rank's rows ``[queries | keys | values]``, a consumer's the queries
+    only. Keys are rotated once, by their producer.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        is_producer: bool,
+        heads: HeadLayout,
+        spec: LayerSpec,
+        config: TransformerConfig,
+        recompute_core: bool,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_producer = is_producer
+        self.heads = heads
+        rows = heads.query_width + (2 * heads.kv_width if is_producer else 0)
+        self.linear_qkv = spec.column(config.hidden_size, rows, config)
+        self.linear_proj = spec.row(heads.query_width, config.hidden_size, config)
+        self.attend = (
+            partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+            if recompute_core
+            else attend
+        )
+
+    def forward(
+        self, x: torch.Tensor, context: SequenceContext, source: KV | None
+    ) -> tuple[torch.Tensor, KV | None]:
+        """``[s, b, h]`` and the producer's KV (None for a producer) -> ``[s, b, h]``, own KV."""
+        query, own = self._heads_of(self.linear_qkv(x), context)
+        source = source if own is None else own
+        assert source is not None, f"layer {self.layer} was given no keys and values"
+        attended = self.attend(query, source, context.visibility(self.layer))
+        return self.linear_proj(attended), own
+
+    def key_values(self, x: torch.Tensor, context: SequenceContext) -> KV:
+        """The producer's keys and values alone, from ``[s, b, h]``."""
+        return self._kv_of(self.linear_qkv(x, self.heads.local_query_width), context)
+
+    def _heads_of(
+        self, projected: torch.Tensor, context: SequenceContext
+    ) -> tuple[torch.Tensor, KV | None]:
+        """Rotated query heads and, for a producer, the KV heads they read."""
+        heads, queries = self.heads, Heads(self.heads.local_query_heads, rotated=True)
+        if self.is_producer and not heads.kv_heads_are_split:
+            parts = (queries, *heads.kv_parts)
+            query, key, value = split_heads(projected, heads.head_dim, parts, context.rotary)
+            return query, KV(key, value)
+        own = None
+        if self.is_producer:
+            widths = (heads.local_query_width, 2 * heads.local_kv_width)
+            projected, key_values = projected.split(widths, dim=-1)
+            own = self._kv_of(key_values, context)
+        (query,) = split_heads(projected, heads.head_dim, (queries,), context.rotary)
+        return query, own
+
+    def _kv_of(self, key_values: torch.Tensor, context: SequenceContext) -> KV:
+        """This rank's key and value columns -> the KV heads its queries read, keys rotated."""
+        heads = self.heads
+        if heads.kv_heads_are_split:
+            # Ranks hold parts of a head and several read the same one: the gather's backward sums
+            # the gradients of all of them.
+            everyone = gather_last_dim(key_values).unflatten(-1, (heads.tp_size, 2, -1))
+            mine = heads.kv_head_of_rank * heads.head_dim
+            whole = everyone.transpose(2, 3).flatten(3)[..., mine : mine + heads.head_dim]
+            key_values = whole.flatten(2)
+        return KV(*split_heads(key_values, heads.head_dim, heads.kv_parts, context.rotary))

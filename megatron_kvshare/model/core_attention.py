@@ -1,0 +1,43 @@
+"""Softmax attention of queries over a producer's keys and values (L3), on torch's SDPA kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_kvshare.model.kv import KV
+from megatron_kvshare.model.visibility import Visibility
+
+
+def attend(query: torch.Tensor, kv: KV, visible: Visibility) -> torch.Tensor:
+    """``[q, b, n, d]`` queries over ``[s, b, g, d]`` keys and values -> ``[q, b, n * d]``.
+
+    The causal and the strictly causal case run without a mask. The strict one (method: a token of
+    an upward layer sees earlier tokens only) is the causal kernel on queries 1.. and keys ..s-2,
+    and 0 for token 0.
+    """
+    heads_first = [x.permute(1, 2, 0, 3) for x in (query, *kv)]
+    if visible.mask is not None:
+        out = _masked(*heads_first, visible)
+    elif visible.strict:
+        q, k, v = heads_first
+        out = F.pad(_causal(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]), (0, 0, 1, 0))
+    else:
+        out = _causal(*heads_first)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility) -> torch.Tensor:
+    queries_per_kv = q.shape[1] // k.shape[1]
+    if queries_per_kv > 1:
+        # The masked GPU kernels take no grouped heads.
+        k, v = (x.repeat_interleave(queries_per_kv, dim=1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask)
+    if visible.blind is None:
+        return out
+    return out.masked_fill(visible.blind[:, None, :, None], 0.0)
