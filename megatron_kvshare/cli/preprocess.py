@@ -1,0 +1,101 @@
+"""``kvshare preprocess``: jsonl or plain text to Megatron ``.bin/.idx`` files (L6)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from megatron_kvshare.config.cli import Command, parse
+from megatron_kvshare.config.data import TokenizerType
+from megatron_kvshare.config.types import SCHEMA, Count, dataclass
+from megatron_kvshare.data.documents import TextDocuments
+from megatron_kvshare.data.preprocess import PreprocessJob, Progress, preprocess
+from megatron_kvshare.data.token_files import open_checked
+
+_EXAMPLES = """\
+  kvshare preprocess --input books.jsonl.xz more.jsonl --output-prefix data/books \\
+      --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model --workers 8 --append-eod
+  kvshare pretrain --data-path data/books_text_document --tokenizer-model tok.model ...
+
+Input may be compressed (.xz, .gz). Files that are not .jsonl or .json are plain text."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class PreprocessConfig:
+    """Text to token files, the same for any number of workers; written completely or not at all."""
+
+    input: tuple[str, ...]
+    """Files: .jsonl (one JSON object per line) or plain text, also .xz or .gz."""
+    output_prefix: str
+    """Start of the output names: PREFIX_text_document.bin and .idx."""
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
+    """Kind of tokenizer."""
+    tokenizer_model: str | None = None
+    """Tokenizer file (SentencePiece .model, tokenizer.json) or folder (Hugging Face)."""
+    vocab_size: Count | None = None
+    """Number of token ids, for NullTokenizer only (the last one ends documents)."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys of the text in .jsonl; each gets files of its own: PREFIX_KEY_document."""
+    text_documents: TextDocuments = "file"
+    """Plain text: one document per file, per paragraph (between blank lines), or per line."""
+    append_eod: bool = False
+    """End every document with the end-of-document token (needed for packed documents)."""
+    workers: Count = 1
+    """Processes that tokenize."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    command = Command(
+        "kvshare preprocess", "Turn text into token files for pretraining.", _EXAMPLES
+    )
+    config = parse(PreprocessConfig, argv, command)
+    job = PreprocessJob(
+        inputs=config.input,
+        output_prefix=config.output_prefix,
+        tokenizer_type=config.tokenizer_type,
+        tokenizer_model=config.tokenizer_model,
+        vocab_size=config.vocab_size,
+        json_keys=config.json_keys,
+        text_documents=config.text_documents,
+        append_eod=config.append_eod,
+        workers=config.workers,
+    )
+    started = time.monotonic()
+    counts = preprocess(job, _Reporter(started))
+    skipped = f", {counts.skipped:,} without text skipped" if counts.skipped else ""
+    seconds = time.monotonic() - started
+    print(f"{counts.documents:,} documents, {counts.tokens:,} tokens{skipped}, {seconds:.1f} s")
+    for prefix in job.prefixes:
+        print(f"wrote {prefix}.bin and .idx; train with --data-path {prefix}")
+        entropy = open_checked(prefix).unigram_entropy()
+        print(f"unigram entropy {entropy:.3f} nats: the loss when only token frequencies are known")
+    return 0
+
+
+class _Reporter:
+    """A progress line on stderr: rewritten in place on a terminal, every 30 s elsewhere."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.in_place = sys.stderr.isatty()
+        self.pause = 0.5 if self.in_place else 30.0
+        self.last = started
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        is_end = progress.bytes_read >= progress.total_bytes
+        if now - self.last < self.pause and not (is_end and self.in_place):
+            return
+        self.last = now
+        elapsed = now - self.started
+        share = min(1.0, progress.bytes_read / progress.total_bytes)
+        left = elapsed / share - elapsed if share else 0.0
+        rate = progress.tokens / max(elapsed, 1e-9)
+        line = (
+            f"{share:4.0%}  {progress.documents:,} documents  {progress.tokens:,} tokens  "
+            f"{rate:,.0f} tokens/s  ETA {left:.0f} s"
+        )
+        end = ("\n" if is_end else "") if self.in_place else "\n"
+        print(f"\r{line:<79}" if self.in_place else line, end=end, file=sys.stderr, flush=True)

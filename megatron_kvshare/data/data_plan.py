@@ -1,0 +1,141 @@
+"""What a run will read, known before anything is built: documents, tokens, samples, epochs per
+source (L4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_kvshare.config import DataConfig
+from megatron_kvshare.data.sources import Source, find_sources
+from megatron_kvshare.data.vocabulary import Vocabulary
+from megatron_kvshare.megatron_api.datasets import Part, PartSpec
+
+_MIN_ROUND = 1024
+"""Smaller sources get an index over several epochs, so that little is lost at its end (less than
+one sequence).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRequest:
+    """What a run reads: sizes in tokens, sequences and steps."""
+
+    seq_length: int
+    global_batch_size: int
+    train_iters: int
+    eval_iters: int = 0
+    seed: int = 1234
+    vocabulary: Vocabulary
+
+    @property
+    def parts(self) -> list[Part]:
+        """Training data, and validation data when there is evaluation."""
+        return [Part.train, Part.valid] if self.eval_iters else [Part.train]
+
+    def samples(self, part: Part) -> int:
+        """Samples of the whole run (training) or of one evaluation (validation)."""
+        return self.global_batch_size * (
+            self.train_iters if part is Part.train else self.eval_iters
+        )
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One source of one part: its share of the blend, and what the run draws from it."""
+
+    part: Part
+    source: str
+    documents: tuple[int, int]
+    tokens: int
+    weight: float
+    samples: int
+    epochs: float
+    fingerprint: str
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the source in this part."""
+        return self.documents[1] - self.documents[0]
+
+    def spec(self, request: DataRequest) -> PartSpec:
+        """How to build the samples."""
+        small = self.tokens <= _MIN_ROUND * request.seq_length
+        return PartSpec(
+            prefix=self.source,
+            part=self.part,
+            documents=self.documents,
+            min_samples=_MIN_ROUND if small else None,
+            seq_length=request.seq_length,
+            seed=request.seed,
+            fingerprint=self.fingerprint,
+        )
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The data of a run; ``rows`` is empty for mock data."""
+
+    request: DataRequest
+    rows: list[PlanRow] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Parts the run reads."""
+        return self.request.parts
+
+    def lines(self) -> list[str]:
+        """The plan as an aligned table, one string per line."""
+        if not self.rows:
+            return ["mock data: made-up tokens, no files"]
+        table = [("part", "weight", "documents", "tokens", "samples", "epochs", "source")]
+        for row in self.rows:
+            numbers = (
+                f"{row.weight:.3f}",
+                f"{row.num_documents:,}",
+                f"{row.tokens:,}",
+                f"{row.samples:,}",
+            )
+            table.append((row.part.name, *numbers, f"{row.epochs:.2f}", row.source))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return [
+            "  ".join(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False))
+            + "  "
+            + line[-1]
+            for line in table
+        ]
+
+
+def plan_data(data: DataConfig, request: DataRequest) -> DataPlan:
+    """Check the data and count what the run will read; needs no process group and writes nothing.
+
+    Args:
+        data: data settings.
+        request: what the run reads.
+
+    Raises:
+        DataError: missing or broken files, a split without documents, tokens outside the
+        vocabulary.
+    """
+    if data.mock_data:
+        return DataPlan(request)
+    found = find_sources(data, request.parts, request.vocabulary)
+    return DataPlan(
+        request, [row for part in request.parts for row in _rows(part, found[part], request)]
+    )
+
+
+def _rows(part: Part, sources: list[Source], request: DataRequest) -> list[PlanRow]:
+    shares = [
+        float(source.tokens) if source.weight is None else source.weight for source in sources
+    ]
+    rows = []
+    for source, share in zip(sources, shares, strict=True):
+        weight = share / sum(shares)
+        samples = round(request.samples(part) * weight)
+        epochs = samples * request.seq_length / source.tokens
+        name, mark = source.files.prefix, source.files.fingerprint
+        rows.append(
+            PlanRow(part, name, source.documents, source.tokens, weight, samples, epochs, mark)
+        )
+    return rows

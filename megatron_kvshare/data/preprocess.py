@@ -1,0 +1,255 @@
+"""Text to token files in parallel (L4).
+
+Workers parse and tokenize batches of documents; the parent writes them in input order. So the files
+are the same for every number of workers, and memory is bounded by a few batches (or the longest
+document) per worker.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+
+from megatron_kvshare.data.documents import DocumentReader, RawDocument, TextDocuments
+from megatron_kvshare.data.token_files import notes_path
+from megatron_kvshare.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_kvshare.errors import DataError, Fault
+
+_BATCH_BYTES = 1 << 19
+_BATCHES_PER_WORKER = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessJob:
+    """What to turn into token files, and how."""
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    tokenizer_type: str
+    tokenizer_model: str | None = None
+    vocab_size: int | None = None
+    json_keys: tuple[str, ...] = ("text",)
+    text_documents: TextDocuments = "file"
+    append_eod: bool = False
+    workers: int = 1
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Prefix of the files of each JSON key, in Megatron's naming."""
+        return [f"{self.output_prefix}_{key}_document" for key in self.json_keys]
+
+
+@dataclass
+class Progress:
+    """Counts so far; documents without text are skipped."""
+
+    total_bytes: int
+    bytes_read: int = 0
+    documents: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+
+class _Encoded(NamedTuple):
+    """One batch under one key: its token ids in a row, the length of each document (0: no text)."""
+
+    ids: numpy.ndarray
+    lengths: numpy.ndarray
+
+
+@dataclass
+class _Outputs:
+    """Files under temporary names, one pair per key."""
+
+    job: PreprocessJob
+    tokenizer: Tokenizer
+    totals: list[Progress] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from megatron_kvshare.megatron_api.datasets import TokenFileWriter
+
+        Path(self.job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+        size = self.tokenizer.vocab_size
+        self.writers = [TokenFileWriter(_partial(p, ".bin"), size) for p in self.job.prefixes]
+        self.totals = [Progress(total_bytes=0) for _ in self.job.prefixes]
+
+    def write(self, batch: Sequence[_Encoded], progress: Progress) -> None:
+        for encoded, writer, total in zip(batch, self.writers, self.totals, strict=True):
+            ends = numpy.cumsum(encoded.lengths)
+            for length, end in zip(encoded.lengths.tolist(), ends.tolist(), strict=True):
+                if length:
+                    writer.add_document(encoded.ids[end - length : end])
+            written = int((encoded.lengths > 0).sum())
+            total.documents += written
+            total.tokens += int(encoded.ids.size)
+            progress.documents += written
+            progress.tokens += int(encoded.ids.size)
+            progress.skipped += len(encoded.lengths) - written
+
+    def finish(self) -> None:
+        """Give the files their names, all complete: a killed run leaves older files alone."""
+        for prefix, writer, total in zip(self.job.prefixes, self.writers, self.totals, strict=True):
+            if not total.tokens:
+                fix = "give files with text (see --json-keys and --text-documents)"
+                raise DataError(Fault("--input", prefix, "the input holds no text", fix))
+            writer.finalize(_partial(prefix, ".idx"))
+            notes = _notes(self.job, self.tokenizer, total)
+            text = json.dumps(notes, indent=1) + "\n"
+            _partial(prefix, ".meta.json").write_text(text, encoding="utf-8")
+        for prefix in self.job.prefixes:
+            os.replace(_partial(prefix, ".bin"), prefix + ".bin")
+            os.replace(_partial(prefix, ".idx"), prefix + ".idx")
+            os.replace(_partial(prefix, ".meta.json"), notes_path(prefix))
+
+    def discard(self) -> None:
+        """Remove what is left under temporary names."""
+        for prefix, writer in zip(self.job.prefixes, self.writers, strict=True):
+            writer.close()
+            for suffix in (".bin", ".idx", ".meta.json"):
+                _partial(prefix, suffix).unlink(missing_ok=True)
+
+
+def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = None) -> Progress:
+    """Tokenize all documents; write ``.bin/.idx`` files and a note of the tokenizer beside them.
+
+    Args:
+        job: what to do.
+        report: called after every batch.
+
+    Returns:
+        Final counts.
+
+    Raises:
+        DataError: broken input, tokenizer or output folder; nothing is left behind then.
+    """
+    reader = DocumentReader(job.inputs, job.text_documents)
+    tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model, job.vocab_size)
+    if job.append_eod and tokenizer.eod is None:
+        fix = "leave --append-eod out, or use a tokenizer with an end-of-sentence token"
+        raise DataError(Fault("--append-eod", "on", "the tokenizer has no such token", fix))
+    progress = Progress(total_bytes=reader.total_bytes)
+    try:
+        with ExitStack() as stack:
+            outputs = _Outputs(job, tokenizer)
+            stack.callback(outputs.discard)
+            for encoded in _encode_all(job, tokenizer, _batches(reader), stack):
+                outputs.write(encoded, progress)
+                progress.bytes_read = reader.bytes_read
+                if report is not None:
+                    report(progress)
+            outputs.finish()
+    except BrokenProcessPool as error:
+        rule = "a worker process was killed, most likely for lack of memory"
+        raise DataError(Fault("--workers", job.workers, rule, "use fewer workers")) from error
+    except OSError as error:
+        fix = "give a folder that can be written and has room"
+        rule = f"cannot be written ({error})"
+        raise DataError(Fault("--output-prefix", job.output_prefix, rule, fix)) from error
+    return progress
+
+
+def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    batch: list[RawDocument] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.content)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(
+    job: PreprocessJob, tokenizer: Tokenizer, batches: Iterator[list[RawDocument]], stack: ExitStack
+) -> Iterator[list[_Encoded]]:
+    """Encoded batches in input order, with a bounded number of them in flight."""
+    if job.workers == 1:
+        for batch in batches:
+            yield _encode(batch, job, tokenizer)
+        return
+    # Fresh processes: the parent has loaded libraries with threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(job.workers, context, initializer=_start_worker, initargs=(job,))
+    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+    waiting: deque[Future[list[_Encoded] | tuple[Fault, ...]]] = deque()
+    for batch in batches:
+        waiting.append(pool.submit(_encode_in_worker, batch))
+        if len(waiting) >= _BATCHES_PER_WORKER * job.workers:
+            yield _result(waiting.popleft())
+    while waiting:
+        yield _result(waiting.popleft())
+
+
+def _encode(
+    batch: Sequence[RawDocument], job: PreprocessJob, tokenizer: Tokenizer
+) -> list[_Encoded]:
+    rows: list[list[list[int]]] = [[] for _ in job.json_keys]
+    for document in batch:
+        for row, text in zip(rows, document.texts(job.json_keys), strict=True):
+            ids = tokenizer.encode(text) if text.strip() else []
+            if ids and job.append_eod and tokenizer.eod is not None:
+                ids.append(tokenizer.eod)
+            row.append(ids)
+    return [
+        _Encoded(
+            numpy.concatenate([numpy.array(ids, dtype=numpy.int32) for ids in row]),
+            numpy.array([len(ids) for ids in row], dtype=numpy.int64),
+        )
+        for row in rows
+    ]
+
+
+_worker: tuple[PreprocessJob, Tokenizer] | None = None
+
+
+def _start_worker(job: PreprocessJob) -> None:
+    global _worker
+    _worker = job, load_tokenizer(job.tokenizer_type, job.tokenizer_model, job.vocab_size)
+
+
+def _encode_in_worker(batch: list[RawDocument]) -> list[_Encoded] | tuple[Fault, ...]:
+    """Encode, or hand back the faults: an exception would lose them between processes."""
+    assert _worker is not None, "the pool runs _start_worker first"
+    try:
+        return _encode(batch, *_worker)
+    except DataError as error:
+        return error.faults
+
+
+def _result(future: Future[list[_Encoded] | tuple[Fault, ...]]) -> list[_Encoded]:
+    result = future.result()
+    if isinstance(result, tuple):
+        raise DataError(result)
+    return result
+
+
+def _notes(job: PreprocessJob, tokenizer: Tokenizer, total: Progress) -> dict[str, object]:
+    model = Path(job.tokenizer_model).name if job.tokenizer_model else None
+    return {
+        "tokenizer_type": job.tokenizer_type,
+        "tokenizer_model": model,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "append_eod": job.append_eod,
+        "documents": total.documents,
+        "tokens": total.tokens,
+    }
+
+
+def _partial(prefix: str, suffix: str) -> Path:
+    path = Path(prefix)
+    return path.with_name(f".{path.name}.{os.getpid()}{suffix}.partial")

@@ -1,0 +1,169 @@
+"""Batches for training and validation (L4): the same ones on every number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megatron_kvshare.config import DataConfig
+from megatron_kvshare.data.data_plan import DataPlan, DataRequest, plan_data
+from megatron_kvshare.data.mock import MockSamples
+from megatron_kvshare.data.packing import document_ids, position_ids
+from megatron_kvshare.data.sources import token_outside
+from megatron_kvshare.data.stream import SampleStream
+from megatron_kvshare.errors import DataError
+from megatron_kvshare.megatron_api.datasets import Part, build_samples
+
+_MOCK_SAMPLES = 1 << 16
+
+
+class Batch(NamedTuple):
+    """One micro-batch on the CPU; ``b`` sequences of ``s`` tokens."""
+
+    tokens: Tensor
+    """``[b, s]`` int64."""
+    labels: Tensor
+    """``[b, s]`` int64, the token after each."""
+    loss_mask: Tensor
+    """``[b, s]`` float32, 0 where the loss does not count."""
+    position_ids: Tensor | None
+    """``[b, s]`` int64 with ``--reset-position-ids``, else None (0 ... s - 1)."""
+    document_ids: Tensor | None
+    """``[b, s]`` int64 with ``--reset-attention-mask``, else None (one document)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLayout:
+    """How one global batch is spread: over data-parallel ranks and, in time, over micro-batches."""
+
+    micro_batch_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+
+
+class TrainData:
+    """Endless training batches and repeatable validation batches of one data-parallel rank.
+
+    Every process of a model-parallel group reads the same batches. Make it with :func:`build`.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        plan: DataPlan,
+        layout: BatchLayout,
+        streams: dict[Part, SampleStream],
+    ) -> None:
+        self.plan = plan
+        self._data = data
+        self._layout = layout
+        self._streams = streams
+
+    def train_batches(self, consumed_samples: int = 0) -> Iterator[Batch]:
+        """Micro-batches of this rank without end, in the order of optimizer steps.
+
+        Args:
+            consumed_samples: training samples that all ranks together have used so far.
+        """
+        indices = micro_batches(self._layout, self.plan.request.global_batch_size, consumed_samples)
+        return self._batches(Part.train, indices)
+
+    def valid_batches(self) -> Iterator[Batch]:
+        """Micro-batches of one evaluation: always the same samples, so that values compare."""
+        request = self.plan.request
+        indices = micro_batches(self._layout, request.global_batch_size, 0, request.eval_iters)
+        return self._batches(Part.valid, indices)
+
+    def _batches(self, part: Part, indices: Iterator[list[int]]) -> Iterator[Batch]:
+        loader = DataLoader(
+            self._streams[part],
+            batch_sampler=indices,  # type: ignore[arg-type]
+            num_workers=self._data.num_workers,
+            # The loader draws a seed when it starts; from its own generator, so that no other draw
+            # moves.
+            generator=torch.Generator(),
+        )
+        for fields in loader:
+            yield self._finish(**fields)
+
+    def _finish(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Batch:
+        vocabulary = self.plan.request.vocabulary
+        largest = int(torch.maximum(tokens.max(), labels.max()))
+        if largest >= vocabulary.size:
+            raise DataError(token_outside("training data", largest, vocabulary.size))
+        positions = documents = None
+        if vocabulary.eod is not None:
+            if self._data.reset_position_ids:
+                positions = position_ids(tokens, vocabulary.eod)
+            if self._data.reset_attention_mask:
+                documents = document_ids(tokens, vocabulary.eod)
+            if self._data.eod_mask_loss:
+                loss_mask = loss_mask.masked_fill(tokens == vocabulary.eod, 0.0)
+        return Batch(tokens, labels, loss_mask, positions, documents)
+
+
+def build(data: DataConfig, request: DataRequest, layout: BatchLayout | None = None) -> TrainData:
+    """Check the data and open it for one rank; all ranks call this together.
+
+    Args:
+        data: data settings.
+        request: what the run reads.
+        layout: this rank's share of each batch; left out: one process.
+
+    Raises:
+        DataError: anything about the data that would stop the run later.
+    """
+    plan = plan_data(data, request)
+    streams = _mock_streams(request) if data.mock_data else _open_streams(data, plan)
+    return TrainData(data, plan, layout or BatchLayout(), streams)
+
+
+def micro_batches(
+    layout: BatchLayout, global_batch_size: int, first_sample: int, num_batches: int | None = None
+) -> Iterator[list[int]]:
+    """Sample numbers of this rank's micro-batches.
+
+    Step ``t`` holds samples ``[first + t * global, first + (t + 1) * global)`` whatever the layout;
+    they are dealt out in runs of ``micro_batch_size``, round after round over the ranks (as
+    megatron's sequential sampler does).
+    """
+    chunk = layout.micro_batch_size * layout.dp_size
+    assert global_batch_size % chunk == 0, "checked with the configuration"
+    for step in count() if num_batches is None else range(num_batches):
+        batch = first_sample + step * global_batch_size
+        start = batch + layout.dp_rank * layout.micro_batch_size
+        for first in range(start, batch + global_batch_size, chunk):
+            yield list(range(first, first + layout.micro_batch_size))
+
+
+def _open_streams(data: DataConfig, plan: DataPlan) -> dict[Part, SampleStream]:
+    rows = plan.rows
+    cache = Path(data.data_cache_path or Path(rows[0].source, "cache", "GPTDataset_indices"))
+    datasets = build_samples([row.spec(plan.request) for row in rows], cache)
+    streams = {}
+    for part in plan.parts:
+        chosen = [
+            (row, dataset) for row, dataset in zip(rows, datasets, strict=True) if row.part == part
+        ]
+        weights = [row.weight for row, _ in chosen]
+        streams[part] = SampleStream([dataset for _, dataset in chosen], weights, plan.request.seed)
+    return streams
+
+
+def _mock_streams(request: DataRequest) -> dict[Part, SampleStream]:
+    vocabulary = request.vocabulary
+    eod = vocabulary.size - 1 if vocabulary.eod is None else vocabulary.eod
+
+    def stream(part: Part) -> SampleStream:
+        seed = request.seed + int(part)
+        samples = MockSamples(_MOCK_SAMPLES, request.seq_length, vocabulary.size, eod, seed)
+        return SampleStream([samples], [1.0], seed)
+
+    return {part: stream(part) for part in request.parts}

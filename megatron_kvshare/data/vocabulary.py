@@ -1,0 +1,101 @@
+"""The token ids a run works with (L4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_kvshare.config import DataConfig
+from megatron_kvshare.data.token_files import open_checked
+from megatron_kvshare.data.tokenizers import load_tokenizer
+from megatron_kvshare.errors import DataError, Fault
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """``size`` true token ids (unpadded), the end-of-document id if there is one, the tokenizer's
+    fingerprint.
+    """
+
+    size: int
+    eod: int | None = None
+    fingerprint: str | None = None
+
+
+def resolve_vocabulary(data: DataConfig, vocab_size: int | None) -> Vocabulary:
+    """Find the vocabulary: from the tokenizer, else from what preprocess noted beside the data,
+    else as given.
+
+    Args:
+        data: data settings.
+        vocab_size: ``--vocab-size``; may be larger than the tokenizer's, never smaller.
+
+    Raises:
+        DataError: no source of a size, a broken tokenizer, or a size below the tokenizer's.
+    """
+    known = _from_tokenizer(data, vocab_size) or _from_notes(data)
+    if known is None:
+        if vocab_size is None:
+            raise DataError(_unknown_size())
+        known = Vocabulary(vocab_size, eod=vocab_size - 1 if data.mock_data else None)
+    if vocab_size is not None and vocab_size < known.size:
+        raise DataError(
+            Fault(
+                where="--vocab-size",
+                value=vocab_size,
+                rule=f"smaller than the vocabulary of the tokenizer or data ({known.size})",
+                fix=f"leave it out, or use --vocab-size {known.size}",
+            )
+        )
+    packed = data.reset_attention_mask or data.reset_position_ids or data.eod_mask_loss
+    if packed and known.eod is None:
+        raise DataError(_no_eod())
+    return Vocabulary(vocab_size or known.size, known.eod, known.fingerprint)
+
+
+def _from_tokenizer(data: DataConfig, vocab_size: int | None) -> Vocabulary | None:
+    is_null = data.tokenizer_type == "NullTokenizer"
+    if data.tokenizer_model is None and not (is_null and vocab_size):
+        return None
+    tokenizer = load_tokenizer(data.tokenizer_type, data.tokenizer_model, vocab_size)
+    return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint)
+
+
+def _from_notes(data: DataConfig) -> Vocabulary | None:
+    """What `kvshare preprocess` noted beside the first source; later sources are checked token by
+    token.
+    """
+    for words in (data.data_path, data.train_data_path):
+        prefix = next((word for word in words if not _is_number(word)), None)
+        if prefix is None or data.mock_data:
+            continue
+        notes = open_checked(prefix).notes
+        size, eod = notes.get("vocab_size"), notes.get("eod")
+        if isinstance(size, int):
+            return Vocabulary(size, eod if isinstance(eod, int) else None)
+    return None
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _unknown_size() -> Fault:
+    return Fault(
+        where="--vocab-size",
+        value=None,
+        rule="the number of token ids is not known: no tokenizer, and no note beside the data",
+        fix="give --tokenizer-model, or --vocab-size",
+    )
+
+
+def _no_eod() -> Fault:
+    return Fault(
+        where="--reset-attention-mask, --reset-position-ids, --eod-mask-loss",
+        value="on",
+        rule="packed documents need an end-of-document token, and none is known",
+        fix="give the --tokenizer-model the data was made with, or leave the flags out",
+    )

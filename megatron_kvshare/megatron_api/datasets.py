@@ -1,0 +1,226 @@
+"""Token files and samples through megatron-core's datasets (L2).
+
+The only module that imports ``megatron.core.datasets``. Checks belong to the ``data`` package: what
+is called here has been found sound before, because the stock classes answer bad input with endless
+loops or bare asserts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+import numpy
+import torch
+from megatron.core.datasets import helpers
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.utils import Split
+from torch import distributed
+
+from megatron_kvshare.errors import DataError, Fault
+
+Built = TypeVar("Built")
+
+
+class Part(IntEnum):
+    """What a piece of the data is for; the numbers are megatron-core's."""
+
+    train = Split.train.value
+    valid = Split.valid.value
+    test = Split.test.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSpec:
+    """Everything that decides the order of samples of one part of one source.
+
+    ``documents`` is the range ``[first, end)`` of documents in the token files at ``prefix``;
+    ``min_samples`` asks for as many epochs in the index as that many samples need (None: one
+    epoch). ``fingerprint`` names the content of the files: an index made for other content is never
+    read.
+    """
+
+    prefix: str
+    part: Part
+    documents: tuple[int, int]
+    min_samples: int | None
+    seq_length: int
+    seed: int
+    fingerprint: str
+
+
+class _IndexKey:
+    """Stands in for a tokenizer in the stock configuration.
+
+    The stock index file name hashes the tokenizer's ``unique_identifiers``: the right place for the
+    fingerprint of the files and for the document range. There is no ``pad`` on purpose: no token of
+    the data is padding.
+    """
+
+    eod = None
+    vocab_size = None
+
+    def __init__(self, spec: PartSpec) -> None:
+        self.unique_identifiers = {"data": spec.fingerprint, "documents": list(spec.documents)}
+        self.unique_identifiers["samples"] = [spec.min_samples or 0]
+
+
+class TokenFileWriter:
+    """Writes stock ``.bin/.idx`` files, one sequence per document, with the stock builder.
+
+    Args:
+        bin_path: file for the token ids.
+        vocab_size: decides the width of a token id (2 bytes below 65,500, else 4), as megatron-core
+            does.
+    """
+
+    def __init__(self, bin_path: Path, vocab_size: int) -> None:
+        self.dtype = DType.optimal_dtype(vocab_size)
+        self._builder = IndexedDatasetBuilder(str(bin_path), dtype=self.dtype)
+
+    def add_document(self, token_ids: numpy.ndarray) -> None:
+        """Append one document (1-D integer array)."""
+        self._builder.add_document(token_ids, [int(token_ids.size)])
+
+    def finalize(self, idx_path: Path) -> None:
+        """Close the token file and write the index file."""
+        self._builder.finalize(str(idx_path))
+
+    def close(self) -> None:
+        """Close the token file without an index (the files are given up)."""
+        self._builder.data_file.close()
+
+
+def open_token_files(prefix: str) -> IndexedDataset:
+    """The stock reader of the documents at ``prefix``."""
+    return IndexedDataset(prefix)
+
+
+def split_ranges(split: str, num_documents: int) -> dict[Part, tuple[int, int]]:
+    """Which documents ``--split`` gives to each part, by megatron-core's own rounding.
+
+    Args:
+        split: shares such as ``969,30,1``, already checked to be one to three numbers with a
+            positive sum.
+        num_documents: documents in the source.
+
+    Returns:
+        ``[first, end)`` per part; ``first == end`` for a part without documents.
+    """
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    ranges = {}
+    for part in Part:
+        start, stop = matrix[part] or (0.0, 0.0)
+        ranges[part] = (round(start * float(num_documents)), round(stop * float(num_documents)))
+    return ranges
+
+
+def blend_pattern(weights: list[float], size: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """megatron-core's order of blended sources: which source each of ``size`` picks takes.
+
+    Returns:
+        The source of each pick (int16) and how many picks of that source came before (int64).
+    """
+    source = numpy.zeros(size, dtype=numpy.int16)
+    earlier = numpy.zeros(size, dtype=numpy.int64)
+    normalized = numpy.array(weights, dtype=numpy.float64) / sum(weights)
+    helpers.build_blending_indices(source, earlier, normalized, len(weights), size, False)
+    return source, earlier
+
+
+def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
+    """One stock :class:`GPTDataset` per spec, with its index of samples cached in ``cache``.
+
+    All ranks call this together. Rank 0 makes what is missing, then the others map the same files.
+    Index files appear complete or not at all, so several runs may share the folder and a killed run
+    leaves nothing broken. A rank that does not see rank 0's disk makes the index in its own memory.
+
+    Raises:
+        DataError: on every rank, if the cache folder cannot be written.
+    """
+    fault = None
+    if _rank() == 0:
+        try:
+            _fill_cache(lambda folder: [_dataset(spec, folder) for spec in specs], cache)
+        except OSError as error:
+            fault = Fault(
+                where="--data-cache-path",
+                value=str(cache),
+                rule=f"the index of samples cannot be written there ({error})",
+                fix="pass a folder that can be written",
+            )
+    fault = _from_rank_zero(fault)
+    if fault is not None:
+        raise DataError(fault)
+    return [_cached_dataset(spec, cache) for spec in specs]
+
+
+def _dataset(spec: PartSpec, cache: str) -> GPTDataset:
+    config = GPTDatasetConfig(
+        random_seed=spec.seed,
+        sequence_length=spec.seq_length,
+        blend=([spec.prefix], None),
+        split=",".join("1" if part == spec.part else "0" for part in Part),
+        path_to_cache=cache,
+        tokenizer=_IndexKey(spec),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    documents = numpy.arange(*spec.documents, dtype=numpy.int32)
+    source = GPTDataset.build_low_level_dataset(spec.prefix, config)
+    part = Split(int(spec.part))
+    return GPTDataset(source, spec.prefix, documents, spec.min_samples, part, config)
+
+
+def _cached_dataset(spec: PartSpec, cache: Path) -> GPTDataset:
+    try:
+        return _dataset(spec, str(cache))
+    except FileNotFoundError:
+        return _dataset(spec, "")  # the stock class keeps the index in memory when the folder is ""
+
+
+def _fill_cache(build: Callable[[str], Built], cache: Path) -> None:
+    """Run ``build`` on a private copy of the cache, then move what it added to the cache.
+
+    The stock classes write index files in place; a reader (or a restart after a kill) could meet
+    half of one.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    complete = {
+        file.name.removesuffix("description.txt") for file in cache.glob("*-description.txt")
+    }
+    with TemporaryDirectory(dir=cache, prefix=".building-") as private:
+        for file in cache.iterdir():
+            if any(file.name.startswith(base) for base in complete):
+                Path(private, file.name).symlink_to(file.resolve())
+        build(private)
+        added = [file for file in Path(private).iterdir() if not file.is_symlink()]
+        # The description marks a complete index, so it goes last.
+        for file in sorted(added, key=lambda file: file.name.endswith("description.txt")):
+            os.replace(file, cache / file.name)
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _from_rank_zero(fault: Fault | None) -> Fault | None:
+    """Rank 0's value on every rank; also the point where the others wait for rank 0."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return fault
+    shared = [fault]
+    device = torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
+    distributed.broadcast_object_list(shared, src=0, device=device)
+    return shared[0]
