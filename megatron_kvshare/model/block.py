@@ -1,5 +1,4 @@
-"""The stack of layers (L3): routes keys and values by the sharing map and runs the passes of a
-plan.
+"""The stack of layers (L3): routes keys and values by the map, runs the passes of a plan.
 
 The plan (:mod:`megatron_kvshare.sharing.plan`) is data and decides everything: which layers run,
 how often, how much of them, and under which passes gradients are kept. Source: arXiv 2410.14442,

@@ -1,5 +1,4 @@
-"""RMSNorm (L3): the fused kernel on GPUs, one autograd node with few passes over memory on the
-CPU."""
+"""RMSNorm (L3): the fused kernel on GPUs, one lean autograd node on the CPU."""
 
 from __future__ import annotations
 

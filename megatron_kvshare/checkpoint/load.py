@@ -1,0 +1,110 @@
+"""Loading a checkpoint (L4): found, compared with the run, read on any tensor-parallel layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_kvshare.checkpoint import folder as folders
+from megatron_kvshare.checkpoint.manifest import Manifest, Progress, check_identity, read_manifest
+from megatron_kvshare.checkpoint.random_state import set_random_state
+from megatron_kvshare.checkpoint.save import RANDOM_STATE
+from megatron_kvshare.config import CheckpointConfig
+from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.megatron_api import dist_checkpoint
+from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer, reload_parameters
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.parameters import parameter_pieces
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that fits the run, and which of its parts to take."""
+
+    folder: Path
+    manifest: Manifest
+    take_optimizer: bool
+    take_random_state: bool
+    progress: Progress
+    stays: Path | None
+    """The folder again where the run saves beside it, None where it saves elsewhere."""
+
+
+def find_checkpoint(
+    settings: CheckpointConfig, identity: dict[str, Any], optimizer_format: str, world_size: int
+) -> Found | None:
+    """Look for what ``--load`` names and check that it fits; None means start fresh.
+
+    Does not communicate. A missing checkpoint is fine only in the ``--save`` folder of a run that
+    has yet to start.
+
+    Raises:
+        CheckpointError: nothing to load, or it belongs to another map, model or vocabulary.
+    """
+    if settings.load is None:
+        return None
+    root = Path(settings.load)
+    iteration = folders.latest_iteration(root)
+    if iteration is None:
+        if settings.load == settings.save and not settings.exit_on_missing_checkpoint:
+            return None
+        rule = f"there is no checkpoint in it (no {folders.TRACKER})"
+        fix = "give the --save folder of an earlier run, or drop --load to start fresh"
+        raise CheckpointError(Fault("--load", settings.load, rule, fix))
+    folder = folders.iteration_folder(root, iteration)
+    manifest = read_manifest(folder)
+    check_identity(manifest, identity, settings.finetune)
+    take_optimizer = not (settings.no_load_optim or settings.finetune)
+    if take_optimizer:
+        _check_optimizer(folder, manifest.optimizer_format, optimizer_format)
+    same_world = manifest.tensor_parallel * manifest.data_parallel == world_size
+    return Found(
+        folder,
+        manifest,
+        take_optimizer,
+        take_random_state=same_world and not (settings.no_load_rng or settings.finetune),
+        progress=Progress() if settings.finetune else manifest.progress,
+        stays=folder if settings.load == settings.save and not settings.finetune else None,
+    )
+
+
+def _check_optimizer(folder: Path, stored: str | None, wanted: str) -> None:
+    if stored == wanted:
+        return
+    rule = "it was saved without optimizer state"
+    fix = "add --no-load-optim to continue without it, or --finetune to start from step 0"
+    if stored is not None:
+        rule = f"its optimizer state is {stored}, this run's is {wanted}"
+        fix = "set --use-distributed-optimizer and --bf16 as in the run that saved it, or " + fix
+    raise CheckpointError(Fault("--load", str(folder), rule, fix))
+
+
+def load_checkpoint(
+    found: Found, model: KVShareGPT, optimizer: MegatronOptimizer, state: ParallelState
+) -> None:
+    """Fill ``model`` and ``optimizer`` from ``found``; all ranks call this.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+    """
+    weights = dist_checkpoint.sharded_model(model, parameter_pieces(model), state)
+    wanted: dict[str, Any] = {"model": weights}
+    if found.take_optimizer:
+        wanted["optimizer"] = dist_checkpoint.sharded_optimizer(optimizer, weights, loading=True)
+    if found.take_random_state:
+        wanted[RANDOM_STATE] = dist_checkpoint.per_rank_object(RANDOM_STATE, None, state)
+    try:
+        values = dist_checkpoint.load(wanted, found.folder)
+    except Exception as error:
+        rule = f"it cannot be read: {error}"
+        fix = f"write the number of another iter_* folder into {folders.TRACKER}"
+        raise CheckpointError(Fault("--load", str(found.folder), rule, fix)) from error
+    dist_checkpoint.load_model(model, values["model"])
+    if found.take_optimizer:
+        dist_checkpoint.load_optimizer(optimizer, values["optimizer"])
+    else:
+        reload_parameters(optimizer)
+    if found.take_random_state:
+        set_random_state(values[RANDOM_STATE], state.platform.device)

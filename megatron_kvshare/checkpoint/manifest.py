@@ -1,0 +1,146 @@
+"""What a checkpoint says about itself (L4): ``kvshare.json``, and the check against a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_kvshare.config import ModelConfig, ParallelConfig
+from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.sharing.map import SharingMap
+
+MANIFEST = "kvshare.json"
+FORMAT_VERSION = 1
+
+# The weights fit another value of these, so --finetune may change them; a resume may not.
+_CHANGED_BY_FINETUNE = {
+    "window_size",
+    "tokenizer",
+    "norm_epsilon",
+    "rotary_base",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_positions",
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come; ``tokens`` counts all tokens of all batches, masked ones too."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``identity`` is what the weights are made for; ``config`` is there for the reader.
+
+    ``optimizer_format`` is :func:`optimizer_format` of the state inside, None without one.
+    """
+
+    identity: dict[str, Any]
+    progress: Progress
+    tensor_parallel: int
+    data_parallel: int
+    optimizer_format: str | None
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write ``kvshare.json``."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``kvshare.json``. Raises :class:`CheckpointError` if missing, damaged or too new."""
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values["format_version"]
+        if version > FORMAT_VERSION:
+            rule = (
+                f"format version {version} is newer than {FORMAT_VERSION}, which this version reads"
+            )
+            raise CheckpointError(Fault(str(path), version, rule, "update megatron_kvshare"))
+        return Manifest(**{**values, "progress": Progress(**values["progress"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = "this is not a complete checkpoint of megatron_kvshare"
+        fix = "load another iter_* folder, by its number in latest_checkpointed_iteration.txt"
+        raise CheckpointError(Fault(str(path), str(error), rule, fix)) from error
+
+
+def optimizer_format(parallel: ParallelConfig, bf16: bool) -> str:
+    """How optimizer state is arranged; state of one arrangement does not load into another."""
+    kind = "distributed" if parallel.use_distributed_optimizer else "replicated"
+    return f"{kind} {'bf16' if bf16 else 'fp32'}"
+
+
+def identity(
+    model: ModelConfig,
+    sharing_map: SharingMap,
+    window_size: int | None,
+    vocab_size: int,
+    tokenizer: str | None,
+) -> dict[str, Any]:
+    """What weights belong to: map, model, true vocabulary size and tokenizer."""
+    return {
+        "kv_map": sharing_map.notation,
+        "window_size": window_size if any(sharing_map.windowed) else None,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_dim,
+        "vocab_size": vocab_size,
+        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
+        "tokenizer": tokenizer,
+        "norm_epsilon": model.norm_epsilon,
+        "rotary_base": model.rotary_base,
+        "use_rope_scaling": model.use_rope_scaling,
+        **(_rope_scaling(model) if model.use_rope_scaling else {}),
+    }
+
+
+def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "rope_low_freq_factor": model.rope_low_freq_factor,
+        "rope_high_freq_factor": model.rope_high_freq_factor,
+        "rope_original_max_positions": model.rope_original_max_positions,
+    }
+
+
+def check_identity(manifest: Manifest, run: dict[str, Any], finetune: bool) -> None:
+    """Raise :class:`CheckpointError` with every difference between a checkpoint and a run."""
+    stored = manifest.identity
+    faults = [
+        Fault(_where(name), run.get(name), f"the checkpoint has {stored.get(name)!r}", _fix(name))
+        for name in dict.fromkeys((*stored, *run))
+        if stored.get(name) != run.get(name)
+        and not (finetune and name in _CHANGED_BY_FINETUNE)
+        and not (name == "tokenizer" and None in (stored.get(name), run.get(name)))
+    ]
+    if faults:
+        raise CheckpointError(faults)
+
+
+def _where(name: str) -> str:
+    return "tokenizer" if name == "tokenizer" else "--" + name.replace("_", "-")
+
+
+def _fix(name: str) -> str:
+    if name == "tokenizer":
+        return "use the tokenizer (and data) that the checkpoint was trained with"
+    if name == "kv_map":
+        return "use the checkpoint's map, or start without --load"
+    return "use the checkpoint's value, or start without --load"

@@ -1,0 +1,85 @@
+"""``kvshare pretrain``: train a model (L6), alone or as one of torchrun's processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.pretrain import (
+    batch_layout,
+    parse_pretrain,
+    pretrain_warnings,
+    world_size,
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check the configuration, then train, or with ``--dry-run`` only say what would run."""
+    config = parse_pretrain(argv)
+    if os.environ.get("RANK", "0") == "0":
+        for warning in pretrain_warnings(config):
+            print(f"warning: {warning}", file=sys.stderr)
+    # torch and megatron-core take seconds to import: not before the configuration is right.
+    if config.dry_run:
+        _plan(config)
+    else:
+        _train(config, argv)
+    return 0
+
+
+def _plan(config: PretrainConfig) -> None:
+    """Print what would run; without a process group, so one process is enough for any layout."""
+    from megatron_kvshare.data.data_plan import plan_data
+    from megatron_kvshare.data.vocabulary import resolve_vocabulary
+    from megatron_kvshare.train import report
+    from megatron_kvshare.train.setup import data_request
+
+    size = world_size(config)
+    vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
+    data = plan_data(config.data, data_request(config, batch_layout(config, size), vocabulary))
+    if os.environ.get("RANK", "0") == "0":
+        print(report.start(config, data, size, device="planned"))
+        print("Dry run: nothing was trained.")
+
+
+def _train(config: PretrainConfig, argv: Sequence[str]) -> None:
+    # megatron-core's notes on packages that are not installed: `kvshare doctor` says it better.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    from megatron_kvshare.megatron_api import parallel
+    from megatron_kvshare.train.pretrain import pretrain
+    from megatron_kvshare.train.report import Typed
+
+    try:
+        state = parallel.initialize(
+            config.parallel.tensor_model_parallel_size,
+            config.parallel.distributed_backend,
+            config.parallel.distributed_timeout_minutes,
+        )
+        pretrain(config, state, Typed(_command(argv), _program("kvshare", "megatron_kvshare")))
+    finally:
+        parallel.destroy()
+
+
+def _command(argv: Sequence[str]) -> list[str]:
+    """What to type to run the same once more, torchrun included."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if processes == "1":
+        return [*_program("kvshare", "megatron_kvshare"), "pretrain", *argv]
+    launcher = _program("torchrun", "torch.distributed.run")
+    return [*launcher, "--nproc_per_node", processes, "-m", "megatron_kvshare", "pretrain", *argv]
+
+
+def _program(name: str, module: str) -> list[str]:
+    """Words that start the program again: by name where the shell finds it, else as a module."""
+    if shutil.which(name):
+        return [name]
+    python = Path(sys.executable)
+    near = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return [str(near), "-m", module]

@@ -1,0 +1,169 @@
+"""Data-parallel wrapper, AdamW and the learning-rate schedule of megatron-core (L2).
+
+The gradient is the sum over the global batch's tokens divided by their number (see
+:mod:`megatron_kvshare.megatron_api.schedule`), so nothing here depends on the data-parallel size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.enums import ModelType
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    clip_grads,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_kvshare.config import ParallelConfig, TrainConfig
+from megatron_kvshare.megatron_api.platform import cpu_mode
+
+__all__ = ["DistributedDataParallel", "MegatronOptimizer", "OptimizerParamScheduler"]
+
+
+def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> DistributedDataParallel:
+    """Wrap ``model``: gradients gather in an fp32 buffer and are summed over data parallel."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        average_in_collective=False,
+    )
+    model.model_type = ModelType.encoder_or_decoder  # read by the schedules
+    with cpu_mode():
+        wrapped = DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
+    if parallel.overlap_grad_reduce:
+        model.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def build_optimizer(
+    model: DistributedDataParallel, train: TrainConfig, parallel: ParallelConfig, bf16: bool
+) -> MegatronOptimizer:
+    """AdamW with fp32 state; weights with one dimension (norms) are not decayed.
+
+    With the distributed optimizer every data-parallel rank owns a part of the state. torch's fused
+    kernel replaces the default one where megatron-core fell back to torch: same values to
+    rounding, less time.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    with cpu_mode():
+        optimizer = get_megatron_optimizer(config, [model])
+    for inner in _inner_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["fused"], group["foreach"] = True, False
+        _create_state(inner)
+    return optimizer
+
+
+def _create_state(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's state before the first step, so that it can be loaded or saved until then."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter.data),
+            "exp_avg_sq": torch.zeros_like(parameter.data),
+        }
+
+
+def _inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    """The torch optimizers inside; Transformer Engine's and apex's are left alone."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+@torch.no_grad()
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Hand the gradients to the optimizer; returns their L2 norm over all parameters and ranks."""
+    with cpu_mode():
+        optimizer.prepare_grads()
+        return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def update_parameters(optimizer: MegatronOptimizer, clip_grad: float, grad_norm: float) -> None:
+    """After :func:`gradient_norm`: clip to ``clip_grad`` (0: do not) and take the AdamW step."""
+    with cpu_mode():
+        parameters = optimizer.get_parameters()
+        if clip_grad > 0 and parameters:
+            clip_grads.clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+        optimizer.step_with_ready_grads()
+
+
+def reload_parameters(optimizer: MegatronOptimizer) -> None:
+    """Make the optimizer's fp32 copies follow weights that were loaded without optimizer state."""
+    with cpu_mode():
+        optimizer.reload_model_params()
+
+
+@contextlib.contextmanager
+def gathered_parameters(model: DistributedDataParallel) -> Iterator[None]:
+    """Whole weights inside, to evaluate or save: with overlap they are gathered layer by layer."""
+    if not model.ddp_config.overlap_param_gather:
+        yield
+        return
+    model.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        model.enable_forward_pre_hook()
+
+
+def zero_gradients(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
+    """Clear the gradient buffer and the optimizer's views of it."""
+    model.zero_grad_buffer()
+    with cpu_mode():
+        optimizer.zero_grad()
+
+
+def build_scheduler(optimizer: MegatronOptimizer, train: TrainConfig) -> OptimizerParamScheduler:
+    """Megatron-core's schedule, counted in iterations.
+
+    Warm-up goes linearly from 0 to ``lr``; then cosine, linear, constant or WSD down to ``min_lr``
+    at ``lr_decay_iters`` (default: ``train_iters``).
+    """
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.warmup_iters,
+        lr_decay_steps=train.decay_iters,
+        lr_decay_style=train.lr_decay_style,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=train.train_iters,
+        wd_incr_style="constant",
+        wsd_decay_steps=train.lr_wsd_decay_iters,
+        lr_wsd_decay_style=train.lr_wsd_decay_style,
+    )
+
+
+def set_learning_rate(scheduler: OptimizerParamScheduler, step: int) -> float:
+    """Set and return the learning rate of ``step`` (from 1).
+
+    Step 1 trains with the first warm-up value instead of 0 and the last step with ``min_lr``; the
+    rate is a function of the step alone, so a resumed run needs no schedule state.
+    """
+    scheduler.num_steps = step
+    scheduler.step(0)
+    return float(scheduler.optimizer.param_groups[0]["lr"])

@@ -1,0 +1,1 @@
+"""Training (L5): setup, the loop, one step, evaluation, guards and metrics."""

@@ -1,0 +1,130 @@
+"""The one path of metrics (L5): a step's results and speed become a record for the sinks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from megatron_kvshare.checkpoint.manifest import Progress
+from megatron_kvshare.train.sinks import Record, Sink
+
+_TERA = 1e12
+
+
+def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of one device in a matrix product, best of a few: what MFU compares with."""
+    size, repeats = (8192, 10) if device.type == "cuda" else (512, 5)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / _TERA
+
+
+class Stopwatch:
+    """Seconds and tokens of training since the start and since the last lap, pauses left out."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._lap_start = clock()
+        self._lap_tokens = 0
+        self._past_seconds = 0.0
+        self.steps = 0
+
+    def add_step(self, tokens: int) -> None:
+        """Take note of a finished step."""
+        self._lap_tokens += tokens
+        self.steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside (evaluation, saving) does not count."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._lap_start += self._clock() - start
+
+    def seconds_per_step(self) -> float:
+        """Mean over all steps so far; asked for after the first one."""
+        return (self._past_seconds + self._clock() - self._lap_start) / self.steps
+
+    def lap(self) -> float:
+        """Tokens per second since the last lap; starts a new one."""
+        seconds = max(self._clock() - self._lap_start, 1e-9)
+        speed = self._lap_tokens / seconds
+        self._past_seconds += seconds
+        self._lap_start += seconds
+        self._lap_tokens = 0
+        return speed
+
+
+class Metrics:
+    """Builds records and hands them to the sinks (none on all processes but the first).
+
+    A training record has ``step`` (from 1), ``loss`` (that step's mean over the unmasked tokens of
+    its global batch), ``lr``, ``grad_norm`` (before clipping), ``tokens`` (consumed by the whole
+    run so far, masked ones included), ``tokens_per_second`` (all devices, since the last record),
+    ``tflops`` (per device, of what the passes need after skipping), ``mfu``, ``eta_seconds``,
+    ``skipped_steps`` and for cyclic maps ``kv_residual``; ``skipped`` is there, and true, on a
+    step that changed nothing. A validation record has ``step``, ``valid_loss`` and
+    ``valid_perplexity``. Numbers are not rounded.
+    """
+
+    def __init__(
+        self, sinks: list[Sink], train_iters: int, flops_per_token: float, peak_tflops: float
+    ) -> None:
+        """``flops_per_token``: of training, divided by the number of devices."""
+        self._sinks = sinks
+        self._train_iters = train_iters
+        self._flops_per_token = flops_per_token
+        self._peak_tflops = peak_tflops
+        self.watch = Stopwatch()
+
+    def train(
+        self, progress: Progress, loss: float, lr: float, grad_norm: float, **extra: float | None
+    ) -> None:
+        """Log the step just finished; ``extra`` fields that are None are left out."""
+        speed = self.watch.lap()
+        tflops = speed * self._flops_per_token / _TERA
+        steps_left = self._train_iters - progress.step
+        record: Record = {
+            "step": progress.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": progress.tokens,
+            "tokens_per_second": speed,
+            "tflops": tflops,
+            "mfu": tflops / self._peak_tflops,
+            "eta_seconds": steps_left * self.watch.seconds_per_step(),
+            "skipped_steps": progress.skipped_steps,
+        }
+        record |= {name: value for name, value in extra.items() if value is not None}
+        self._write(record)
+
+    def valid(self, step: int, loss: float) -> None:
+        """Log an evaluation."""
+        self._write({"step": step, "valid_loss": loss, "valid_perplexity": perplexity(loss)})
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,47 @@
+"""A pretraining run from start to end (L5); process groups are made and destroyed elsewhere."""
+
+from __future__ import annotations
+
+from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.sharing.cost import train_flops_per_token
+from megatron_kvshare.train import report
+from megatron_kvshare.train.loop import train
+from megatron_kvshare.train.metrics import Metrics, measured_peak_tflops
+from megatron_kvshare.train.report import Typed
+from megatron_kvshare.train.run import Run
+from megatron_kvshare.train.setup import prepare
+from megatron_kvshare.train.sinks import open_sinks
+from megatron_kvshare.train.together import together
+
+
+def pretrain(config: PretrainConfig, state: ParallelState, typed: Typed) -> Run:
+    """Train and return the run. ``typed`` is the user's command, for the closing words."""
+    run = prepare(config, state)
+    if state.is_first:
+        device = str(state.platform.device)
+        print(report.start(config, run.data.plan, state.world_size, device))
+        if run.progress.step:
+            print(f"Continuing from {config.checkpoint.load} at step {run.progress.step:,}.")
+        print(flush=True)
+    with together(state):
+        metrics = _metrics(run)
+    try:
+        valid_loss = train(run, metrics)
+    finally:
+        metrics.close()
+    if state.is_first:
+        print("\n" + report.end(run, valid_loss, typed), flush=True)
+    return run
+
+
+def _metrics(run: Run) -> Metrics:
+    config, state = run.config, run.state
+    sinks, peak = [], 1.0
+    if state.is_first:
+        sinks = open_sinks(config)
+        peak = config.log.peak_tflops or measured_peak_tflops(
+            state.platform.device, next(run.model.parameters()).dtype
+        )
+    flops = train_flops_per_token(run.shape, run.plan) / state.world_size
+    return Metrics(sinks, config.train.train_iters, flops, peak)

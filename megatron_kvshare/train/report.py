@@ -1,0 +1,143 @@
+"""What a run says before it starts and after it has ended (L5), as text."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.describe import describe
+from megatron_kvshare.config.pretrain import batch_layout
+from megatron_kvshare.config.shape import execution_plan, model_shape
+from megatron_kvshare.data.data_plan import DataPlan
+from megatron_kvshare.sharing import cost, draw
+from megatron_kvshare.sharing.memory import TrainingLayout, TrainingMemory, training_memory
+from megatron_kvshare.train.metrics import perplexity
+from megatron_kvshare.train.run import Run
+
+_MIB = 2**20
+
+
+class Typed(NamedTuple):
+    """Words of commands: the one that starts this ``run`` again, and the ``program`` alone."""
+
+    run: Sequence[str]
+    program: Sequence[str]
+
+
+def start(config: PretrainConfig, data: DataPlan, world_size: int, device: str) -> str:
+    """Configuration, map, parameters, layout, memory and data plan; needs no process group."""
+    return "\n".join(
+        [
+            "Configuration",
+            *_indented(describe(config).splitlines()),
+            "",
+            *_model_lines(config, data.request.vocabulary.size),
+            *_layout_lines(config, data.request.vocabulary.size, world_size, device),
+            "Data",
+            *_indented(data.lines()),
+        ]
+    )
+
+
+def _model_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
+    plan = execution_plan(config.model, config.sharing)
+    shape = model_shape(config.model, vocab_size, config.sharing.window_size)
+    costs = cost.costs(shape, plan)
+    parts = cost.parameters_by_part(shape, plan.map)
+    owners = len(plan.map.producers)
+    lines = [
+        f"map {plan.map.notation}",
+        f"{owners} of {plan.map.num_layers} layers own keys and values: KV cache "
+        f"{costs.kv_bytes_per_token:,} bytes per token, 1/{costs.kv_reduction:.2f} of standard",
+        draw.passes_text(plan),
+        f"training FLOPs {costs.train_flops_ratio:.2f} x the standard map's",
+        f"parameters {costs.parameters:,}: "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {count:,}" for name, count in parts.items() if count
+        ),
+    ]
+    return ["Model", *_indented(lines)]
+
+
+def _layout_lines(
+    config: PretrainConfig, vocab_size: int, world_size: int, device: str
+) -> list[str]:
+    layout, parallel, train = batch_layout(config, world_size), config.parallel, config.train
+    memory = _memory(config, vocab_size, layout.data_parallel_size)
+    tokens = layout.global_batch_size * config.model.seq_length
+    tensor = f"tensor parallel {parallel.tensor_model_parallel_size}"
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1:
+        tensor += " with sequence parallel"
+    lines = [
+        f"{world_size} process{'es' * (world_size > 1)} ({device}): {tensor} x data parallel "
+        f"{layout.data_parallel_size}",
+        f"global batch {layout.global_batch_size} sequences ({tokens:,} tokens) = micro batch "
+        f"{train.micro_batch_size} x {layout.num_microbatches} microbatches x data parallel "
+        f"{layout.data_parallel_size}",
+        f"{train.train_iters:,} steps, {train.train_iters * tokens:,} tokens",
+        f"memory per process, estimated: {_mib(memory.total)} = weights {_mib(memory.weights)}"
+        f" + gradients {_mib(memory.gradients)} + optimizer {_mib(memory.optimizer)}"
+        f" + activations {_mib(memory.activations)} + logits {_mib(memory.logits)}",
+    ]
+    return ["Layout", *_indented(lines)]
+
+
+def _memory(config: PretrainConfig, vocab_size: int, data_parallel: int) -> TrainingMemory:
+    parallel = config.parallel
+    layout = TrainingLayout(
+        micro_batch_size=config.train.micro_batch_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        data_parallel_size=data_parallel,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=config.model.bf16,
+        recompute_full=config.model.recompute_granularity == "full",
+    )
+    shape = model_shape(config.model, vocab_size, config.sharing.window_size)
+    return training_memory(shape, execution_plan(config.model, config.sharing), layout)
+
+
+def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
+    """Final perplexity, where the checkpoint is and what to do next."""
+    progress, config = run.progress, run.config
+    lines = [f"Done: {progress.step:,} steps, {progress.tokens:,} tokens."]
+    if progress.skipped_steps:
+        lines.append(f"{progress.skipped_steps} steps were skipped (NaN or Inf).")
+    if valid_loss is not None:
+        lines.append(
+            f"Validation loss {valid_loss:.4f}, validation perplexity {perplexity(valid_loss):.2f}."
+        )
+    if run.saved is None:
+        return "\n".join(lines)
+    root = config.checkpoint.save or ""
+    longer = [*_without(typed.run, "--load", "--train-iters"), "--load", root]
+    longer += ["--train-iters", str(2 * config.train.train_iters)]
+    plan = [*typed.program, "plan", "--num-layers", str(run.plan.map.num_layers)]
+    plan += ["--kv-map", run.plan.map.notation]
+    lines += [
+        f"Checkpoint: {run.saved}",
+        "Next:",
+        f"  train on:      {shlex.join(longer)}",
+        f"  study the map: {shlex.join(plan)}",
+    ]
+    return "\n".join(lines)
+
+
+def _without(command: Sequence[str], *flags: str) -> list[str]:
+    """``command`` without these flags and the one value after each."""
+    kept, value_follows = [], False
+    for word in command:
+        if not value_follows and not word.startswith(tuple(f"{flag}=" for flag in flags)):
+            kept += [] if word in flags else [word]
+        value_follows = word in flags
+    return kept
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return ["  " + line for line in lines]
+
+
+def _mib(size: int) -> str:
+    return f"{size / _MIB:,.0f} MiB"

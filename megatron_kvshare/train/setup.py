@@ -1,0 +1,127 @@
+"""From a configuration to a :class:`Run` (L5), in named steps."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_kvshare import __version__
+from megatron_kvshare.checkpoint.load import find_checkpoint, load_checkpoint
+from megatron_kvshare.checkpoint.manifest import Manifest, Progress, identity, optimizer_format
+from megatron_kvshare.checkpoint.save import save_checkpoint
+from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.describe import as_dict
+from megatron_kvshare.config.pretrain import BatchLayout, batch_layout
+from megatron_kvshare.config.shape import execution_plan, model_shape
+from megatron_kvshare.data import train_data
+from megatron_kvshare.data.data_plan import DataRequest
+from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
+from megatron_kvshare.megatron_api.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gathered_parameters,
+    wrap_data_parallel,
+)
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.parameters import initialize
+from megatron_kvshare.train.run import Run
+from megatron_kvshare.train.together import together
+
+
+def data_request(
+    config: PretrainConfig, layout: BatchLayout, vocabulary: Vocabulary
+) -> DataRequest:
+    """What the run reads."""
+    return DataRequest(
+        seq_length=config.model.seq_length,
+        global_batch_size=layout.global_batch_size,
+        train_iters=config.train.train_iters,
+        eval_iters=config.train.eval_iters,
+        seed=config.train.seed,
+        vocabulary=vocabulary,
+    )
+
+
+def prepare(config: PretrainConfig, state: ParallelState) -> Run:
+    """Open the data, build the model and its optimizer, continue from a checkpoint if there is one.
+
+    Raises:
+        KVShareError: on the first rank with a fault; the others leave with it.
+    """
+    torch.manual_seed(config.train.seed)
+    layout = batch_layout(config, state.world_size)
+    with together(state):
+        vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
+        data = _open_data(config, layout, vocabulary, state)
+        kind = optimizer_format(config.parallel, config.model.bf16)
+        found = find_checkpoint(
+            config.checkpoint, _identity(config, vocabulary), kind, state.world_size
+        )
+    plan = execution_plan(config.model, config.sharing)
+    window = config.sharing.window_size
+    model = KVShareGPT(config.model, config.parallel, plan, vocabulary.size, state, window)
+    if found is None:
+        initialize(model, config.train.seed)
+    wrapped = wrap_data_parallel(model, config.parallel)
+    optimizer = build_optimizer(wrapped, config.train, config.parallel, config.model.bf16)
+    if found is not None:
+        with together(state):
+            load_checkpoint(found, model, optimizer, state)
+    return Run(
+        config=config,
+        state=state,
+        layout=layout,
+        shape=model_shape(config.model, vocabulary.size, window),
+        plan=plan,
+        data=data,
+        model=wrapped,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.train),
+        progress=Progress() if found is None else found.progress,
+        saved=None if found is None else found.stays,
+    )
+
+
+def _open_data(
+    config: PretrainConfig, layout: BatchLayout, vocabulary: Vocabulary, state: ParallelState
+) -> train_data.TrainData:
+    share = train_data.BatchLayout(
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=state.dp_rank,
+        dp_size=state.dp_size,
+    )
+    return train_data.build(config.data, data_request(config, layout, vocabulary), share)
+
+
+def _identity(config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    plan = execution_plan(config.model, config.sharing)
+    window = config.sharing.window_size
+    return identity(config.model, plan.map, window, vocabulary.size, vocabulary.fingerprint)
+
+
+def save(run: Run) -> None:
+    """Save the run to ``--save``; all ranks call this."""
+    config, state = run.config, run.state
+    assert config.checkpoint.save is not None
+    optimizer = None if config.checkpoint.no_save_optim else run.optimizer
+    kind = optimizer_format(config.parallel, config.model.bf16)
+    manifest = Manifest(
+        identity=_identity(config, run.data.plan.request.vocabulary),
+        progress=run.progress,
+        tensor_parallel=state.tp_size,
+        data_parallel=state.dp_size,
+        optimizer_format=None if optimizer is None else kind,
+        config=as_dict(config),
+        versions={
+            "megatron_kvshare": __version__,
+            "torch": torch.__version__,
+            "megatron-core": importlib.metadata.version("megatron-core"),
+        },
+    )
+    root = Path(config.checkpoint.save)
+    with together(state), gathered_parameters(run.model):
+        run.saved = save_checkpoint(root, manifest, run.model.module, optimizer, state)

@@ -1,0 +1,36 @@
+"""An error on one rank ends all ranks (L5), so that no process waits for one that has gone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from megatron_kvshare.errors import EXIT_USER_ERROR, KVShareError
+from megatron_kvshare.megatron_api.parallel import ParallelState
+
+
+@contextlib.contextmanager
+def together(state: ParallelState) -> Iterator[None]:
+    """Leave the block on all ranks or on none; the lowest rank with an error raises it, once.
+
+    The block must not end in the middle of communication that other ranks still wait in.
+
+    Raises:
+        KVShareError: the error of this rank, where it is the first one.
+        SystemExit: the error belongs to another rank, which reports it.
+    """
+    error: KVShareError | None = None
+    try:
+        yield
+    except KVShareError as caught:
+        error = caught
+    failed = [error is not None] * state.world_size
+    if state.world_size > 1:
+        dist.all_gather_object(failed, error is not None)
+    if not any(failed):
+        return
+    if error is not None and failed.index(True) == state.rank:
+        raise error
+    raise SystemExit(EXIT_USER_ERROR)

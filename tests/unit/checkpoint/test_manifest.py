@@ -1,0 +1,109 @@
+"""What a checkpoint says about itself, where it lies, and when it fits a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_kvshare.checkpoint import folder
+from megatron_kvshare.checkpoint.load import find_checkpoint
+from megatron_kvshare.checkpoint.manifest import Manifest, Progress, identity, read_manifest
+from megatron_kvshare.config import CheckpointConfig, ModelConfig
+from megatron_kvshare.errors import CheckpointError
+from megatron_kvshare.sharing.patterns import build_map
+
+FORMAT = "replicated fp32"
+
+
+def identity_of(**changes: Any) -> dict[str, Any]:
+    kv_map = changes.pop("kv_map", "0_2_2")
+    tokenizer = changes.pop("tokenizer", "abc")
+    vocab_size = changes.pop("vocab_size", 100)
+    model = ModelConfig(num_layers=3, **changes)
+    return identity(model, build_map(3, kv_map=kv_map), None, vocab_size, tokenizer)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    aside = folder.begin(folder.iteration_folder(tmp_path, 7))
+    Manifest(identity_of(), Progress(7, 56, 560, 1), 1, 2, FORMAT).write(aside)
+    folder.publish(aside, folder.iteration_folder(tmp_path, 7), 7)
+    return tmp_path
+
+
+def find(root: Path, run: dict[str, Any], **settings: Any) -> Any:
+    kind = settings.pop("optimizer_format", FORMAT)
+    return find_checkpoint(CheckpointConfig(load=str(root), **settings), run, kind, 2)
+
+
+def test_round_trip(saved: Path) -> None:
+    assert folder.latest_iteration(saved) == 7
+    manifest = read_manifest(folder.iteration_folder(saved, 7))
+    assert manifest == Manifest(identity_of(), Progress(7, 56, 560, 1), 1, 2, FORMAT)
+    assert not list(saved.glob("*.partial"))
+
+
+def test_publishing_again_replaces(saved: Path) -> None:
+    target = folder.iteration_folder(saved, 7)
+    aside = folder.begin(target)
+    Manifest(identity_of(), Progress(7, 1, 1), 1, 1, None).write(aside)
+    folder.publish(aside, target, 7)
+    assert read_manifest(target).progress.samples == 1
+    assert sorted(path.name for path in saved.iterdir()) == [target.name, folder.TRACKER]
+
+
+def test_what_is_taken(saved: Path) -> None:
+    found = find(saved, identity_of())
+    assert found.progress.step == 7 and found.take_optimizer and found.take_random_state
+    found = find(saved, identity_of(), no_load_optim=True, no_load_rng=True)
+    assert found.progress.step == 7
+    assert not found.take_optimizer and not found.take_random_state
+    found = find(saved, identity_of(tokenizer="other", rotary_base=5e5), finetune=True)
+    assert found.progress == Progress() and not found.take_optimizer
+
+
+def test_a_new_run_may_load_its_own_save_folder(tmp_path: Path) -> None:
+    assert find(tmp_path, identity_of(), save=str(tmp_path)) is None
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        find(tmp_path, identity_of(), save=str(tmp_path), exit_on_missing_checkpoint=True)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        find(tmp_path, identity_of())
+
+
+def test_every_difference_is_listed(saved: Path) -> None:
+    run = identity_of(kv_map="0_1_1", hidden_size=1024, vocab_size=99, tokenizer="other")
+    with pytest.raises(CheckpointError) as caught:
+        find(saved, run)
+    named = {fault.where for fault in caught.value.faults}
+    assert {"--kv-map", "--hidden-size", "--vocab-size", "tokenizer"} <= named
+    with pytest.raises(CheckpointError, match="kv-map"):
+        find(saved, run, finetune=True)
+
+
+def test_an_unknown_tokenizer_is_not_a_difference(saved: Path) -> None:
+    assert find(saved, identity_of(tokenizer=None)) is not None
+
+
+def test_optimizer_state_must_fit_or_be_left_out(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="no-load-optim"):
+        find(saved, identity_of(), optimizer_format="distributed fp32")
+    other = find(saved, identity_of(), optimizer_format="distributed fp32", no_load_optim=True)
+    assert not other.take_optimizer
+
+
+@pytest.mark.parametrize("damage", ["tracker", "folder", "manifest", "version"])
+def test_damage_is_reported(saved: Path, damage: str) -> None:
+    manifest = folder.iteration_folder(saved, 7) / "kvshare.json"
+    if damage == "tracker":
+        (saved / folder.TRACKER).write_text("latest")
+    elif damage == "folder":
+        (saved / folder.TRACKER).write_text("8")
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text()[:50])
+    else:
+        text = manifest.read_text().replace('"format_version": 1', '"format_version": 9')
+        manifest.write_text(text)
+    with pytest.raises(CheckpointError, match="Fix: "):
+        find(saved, identity_of())
