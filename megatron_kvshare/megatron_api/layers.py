@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -76,6 +77,8 @@ class ColumnParallel(ColumnParallelLinear):
 
     def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The same with a given local ``weight`` (rows of this layer's, or a tied one)."""
+        if self.tp_group.size() == 1:
+            return F.linear(x, weight)  # nothing to communicate: spare the Python autograd node
         return linear_with_grad_accumulation_and_async_allreduce(
             input=x,
             weight=weight,
@@ -104,6 +107,8 @@ class RowParallel(RowParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[s, b, local input] -> [s, b, output]``."""
+        if self.tp_group.size() == 1:
+            return F.linear(x, self.weight)
         return super().forward(x)[0]
 
 

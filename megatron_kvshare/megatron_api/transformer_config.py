@@ -46,4 +46,5 @@ def transformer_config(
             gradient_accumulation_fusion=False,
             bias_activation_fusion=False,
             calculate_per_token_loss=True,
+            cuda_graph_scope=None,  # the default of 0.16 warns that it is deprecated
         )

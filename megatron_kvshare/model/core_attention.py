@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -24,7 +26,20 @@ def attend(query: torch.Tensor, kv: KV, visible: Visibility) -> torch.Tensor:
         out = F.pad(_causal(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]), (0, 0, 1, 0))
     else:
         out = _causal(*heads_first)
-    return out.permute(2, 0, 1, 3).flatten(2)
+    return _MergeHeads.apply(out)
+
+
+class _MergeHeads(torch.autograd.Function):
+    """``[b, n, q, d] -> [q, b, n * d]``; backward hands the kernel each head as a block of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+        ctx.heads = out.shape[1]
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.unflatten(-1, (ctx.heads, -1)).permute(1, 2, 0, 3).contiguous()
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,232 @@
+"""Time of one training step: every named map over the standard map, and the standard map over
+transformers.
+
+    python benchmarks/train_step.py [--rounds 7] [--threads 2] [--json FILE]
+
+All models are timed in turn within each round of one process, so that every ratio compares
+neighbours in time; the table shows the median over rounds of the ratio within a round. A step is
+the whole of it: forward, backward, gradient norm, clipping, AdamW. "formula" is the published layer
+count without skipping, "bound" the FLOPs that the passes need after skipping with head and
+optimizer counted, both over the standard map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_kvshare.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_kvshare.megatron_api import parallel
+from megatron_kvshare.megatron_api.optimizer import (
+    build_optimizer,
+    gradient_norm,
+    update_parameters,
+    wrap_data_parallel,
+    zero_gradients,
+)
+from megatron_kvshare.megatron_api.schedule import run_schedule
+from megatron_kvshare.model import KVShareGPT
+from megatron_kvshare.model.parameters import initialize
+from megatron_kvshare.sharing.cost import ModelShape, standard_plan, train_factor, train_step_flops
+from megatron_kvshare.sharing.patterns import build_map
+from megatron_kvshare.sharing.plan import ExecutionPlan, jacobi_plan
+
+BATCH, SEQ, VOCAB = 4, 256, 4096
+MODEL = ModelConfig(
+    num_layers=12,
+    hidden_size=256,
+    ffn_hidden_size=688,
+    num_attention_heads=8,
+    num_query_groups=4,
+    seq_length=SEQ,
+    vocab_size=VOCAB,
+    untie_embeddings_and_output_weights=True,
+)
+SHAPE = ModelShape(
+    num_layers=12,
+    hidden_size=256,
+    ffn_hidden_size=688,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=32,
+    vocab_size=VOCAB,
+    seq_length=SEQ,
+    tied_embeddings=False,
+)
+TRAIN = TrainConfig(lr=3e-4, train_iters=1000, weight_decay=0.1, clip_grad=1.0)
+NINE = [f"{p}-{q}" for p in ("pizza", "sandwich", "lasagna") for q in ("bottom", "middle", "top")]
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ratios are over the standard map (transformers' are the standard map
+    over it)."""
+
+    name: str
+    kv_layers: int
+    seconds: float
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+    formula: float
+    bound: float
+    target: str
+    reached: bool
+
+
+def tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(0))
+    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+
+def our_step(plan: ExecutionPlan, state: parallel.ParallelState) -> Step:
+    layout = ParallelConfig()
+    net = KVShareGPT(MODEL, layout, plan, VOCAB, state)
+    initialize(net, seed=1)
+    model = wrap_data_parallel(net, layout)
+    optimizer = build_optimizer(model, TRAIN, layout, bf16=False)
+    inputs, labels = tokens()
+
+    def microbatch_loss(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, None]:
+        loss = model(inputs, labels).value
+        return loss.sum(), torch.tensor(loss.numel(), dtype=torch.int32), None
+
+    def step() -> None:
+        zero_gradients(model, optimizer)
+        run_schedule(model, _forever(), microbatch_loss, num_microbatches=1)
+        update_parameters(optimizer, TRAIN.clip_grad, gradient_norm(optimizer))
+
+    return step
+
+
+def _forever() -> Iterator[None]:
+    while True:
+        yield None
+
+
+def transformers_step() -> Step:
+    """The same step with transformers' Llama and torch's fused AdamW (faster here than its
+    default)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    net = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=VOCAB,
+            max_position_embeddings=SEQ,
+            attn_implementation="sdpa",
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
+    decayed = [p for p in net.parameters() if p.dim() > 1]
+    plain = [p for p in net.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=TRAIN.lr, fused=True)
+    inputs, labels = tokens()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        net(input_ids=inputs, labels=labels, shift_labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), TRAIN.clip_grad)
+        optimizer.step()
+
+    return step
+
+
+def time_in_turn(steps: dict[str, Step], rounds: int, console: Console) -> dict[str, list[float]]:
+    """Seconds per step, one entry per round; the first round warms up and is dropped."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+        console.print(f"round {number}/{rounds}", highlight=False)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def row(name: str, plan: ExecutionPlan, times: list[float], reference: list[float]) -> Row:
+    ratios = [mine / other for mine, other in zip(times, reference, strict=True)]
+    ratio = statistics.median(ratios)
+    flops = [train_step_flops(SHAPE, p, BATCH * SEQ) for p in (plan, standard_plan(12))]
+    bound, formula = flops[0] / flops[1], train_factor(plan)
+    limit, target = 1.0, "<= 1.00"
+    if plan.map.is_cyclic:
+        limit, target = 1.05 * bound, "<= 1.05 x bound"
+    if name == "lasagna-top" and len(plan.map.producers) == 6:
+        limit, target = min(limit, 0.70 * formula), target + ", <= 0.70 x formula"
+    return Row(
+        name=name,
+        kv_layers=len(plan.map.producers),
+        seconds=statistics.median(times),
+        ratio=ratio,
+        ratio_min=min(ratios),
+        ratio_max=max(ratios),
+        formula=formula,
+        bound=bound,
+        target=target,
+        reached=ratio <= limit,
+    )
+
+
+def table(rows: list[Row]) -> Table:
+    columns = "map|KV layers|ms/step|ratio|min-max|formula|bound|ratio/bound|target|reached"
+    drawn = Table(*columns.split("|"), title="training step over the standard map")
+    for r in rows:
+        cells = [r.name, str(r.kv_layers), f"{1e3 * r.seconds:.0f}", f"{r.ratio:.3f}"]
+        cells += [f"{r.ratio_min:.2f}-{r.ratio_max:.2f}", f"{r.formula:.2f}", f"{r.bound:.3f}"]
+        drawn.add_row(*cells, f"{r.ratio / r.bound:.3f}", r.target, "yes" if r.reached else "NO")
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--maps", nargs="*", default=NINE, help="patterns; default: all nine")
+    parser.add_argument("--json", help="write the rows to this file too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console(stderr=True)
+    state = parallel.initialize(backend="gloo")
+
+    plans = {
+        f"{name}@{kv_layers}": jacobi_plan(build_map(12, name, kv_layers))
+        for kv_layers in (6, 3)
+        for name in arguments.maps
+    }
+    steps = {"standard": our_step(standard_plan(12), state), "transformers": transformers_step()}
+    steps |= {name: our_step(plan, state) for name, plan in plans.items()}
+    times = time_in_turn(steps, arguments.rounds, console)
+
+    standard = times["standard"]
+    rows = [row("standard over transformers", standard_plan(12), standard, times["transformers"])]
+    rows += [row(n.split("@")[0], plan, times[n], standard) for n, plan in plans.items()]
+    Console(width=140).print(table(rows))
+    if arguments.json:
+        setting = {"threads": arguments.threads, "rounds": arguments.rounds}
+        setting |= {"torch": torch.__version__, "machine": platform.machine()}
+        with open(arguments.json, "w") as file:
+            json.dump({"setting": setting, "rows": [asdict(r) for r in rows]}, file, indent=1)
+    parallel.destroy()
+
+
+if __name__ == "__main__":
+    main()
