@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_kvshare.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_kvshare.config.shape import model_shape
 from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.megatron_api.optimizer import (
     build_optimizer,
@@ -37,7 +38,7 @@ from megatron_kvshare.megatron_api.optimizer import (
 from megatron_kvshare.megatron_api.schedule import run_schedule
 from megatron_kvshare.model import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
-from megatron_kvshare.sharing.cost import ModelShape, standard_plan, train_factor, train_step_flops
+from megatron_kvshare.sharing.cost import standard_plan, train_factor, train_step_flops
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import ExecutionPlan, jacobi_plan
 
@@ -52,17 +53,7 @@ MODEL = ModelConfig(
     vocab_size=VOCAB,
     untie_embeddings_and_output_weights=True,
 )
-SHAPE = ModelShape(
-    num_layers=12,
-    hidden_size=256,
-    ffn_hidden_size=688,
-    num_attention_heads=8,
-    num_query_groups=4,
-    kv_channels=32,
-    vocab_size=VOCAB,
-    seq_length=SEQ,
-    tied_embeddings=False,
-)
+SHAPE = model_shape(MODEL, VOCAB)
 TRAIN = TrainConfig(lr=3e-4, train_iters=1000, weight_decay=0.1, clip_grad=1.0)
 NINE = [f"{p}-{q}" for p in ("pizza", "sandwich", "lasagna") for q in ("bottom", "middle", "top")]
 

@@ -52,6 +52,7 @@ REQUIRED = (
     Package("PyYAML", "", "", "--config FILE.yaml"),
     Package("rich", "", "", "the drawings of kvshare plan"),
     Package("numpy", "", "", "indexed data"),
+    Package("psutil", "", "", "saving checkpoints with megatron-core 0.19"),
     Package("safetensors", "", "", "weights in Hugging Face's format"),
 )
 OPTIONAL = {

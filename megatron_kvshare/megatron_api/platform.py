@@ -63,7 +63,7 @@ def _set_cpu_generator_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> 
 def _keep_freed_memory() -> None:
     """Stop glibc from returning every large tensor to the system, only to fault its pages in again.
 
-    A training step allocates the same sizes each time; measured, this is 7 % of a small model's step.
+    A training step allocates the same sizes each time: 7 % of a small model's step, measured.
     """
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     with contextlib.suppress(OSError, AttributeError):  # another C library: keep its own ways

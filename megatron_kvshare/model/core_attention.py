@@ -30,7 +30,7 @@ def attend(query: torch.Tensor, kv: KV, visible: Visibility) -> torch.Tensor:
 
 
 class _MergeHeads(torch.autograd.Function):
-    """``[b, n, q, d] -> [q, b, n * d]``; backward hands the kernel each head as a block of memory."""
+    """``[b, n, q, d] -> [q, b, n * d]``; backward hands the kernel each head in one block."""
 
     @staticmethod
     def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:

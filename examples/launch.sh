@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Everything the example scripts have in common: the environment, the devices, the data and torchrun.
+# Arguments are passed on to `kvshare pretrain` after all others, so they win.
+#
+# From the environment (the example scripts set the first three):
+#   SIZE             1b or 110m: examples/configs/SIZE.yaml
+#   KV_PATTERN       the sharing map; KV_LAYERS: how many layers keep KV; WINDOW_SIZE: tokens, for windowed maps
+#   DATA_PATH        prefix of .bin/.idx files, or a blend "0.7 A 0.3 B"; left out: the embedded corpus
+#   TOKENIZER_MODEL  SentencePiece file, or folder of a Hugging Face tokenizer; belongs to DATA_PATH
+#   SAVE             folder for checkpoints; a run that finds one there continues (default: runs/NAME/checkpoint)
+#   TRAIN_ITERS      optimizer steps in total; the warm-up is a fraction of them
+#   TP               tensor-parallel size (default 1; above 1 with sequence parallelism)
+#   GPUS_PER_NODE    default: all GPUs of this machine
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    several machines: start the script once on each
+#   NPROC            processes when there is no GPU (default 1, with a thread for each core)
+#   FULL_SIZE=1      without a GPU: keep the full-size model (to look at it with --dry-run)
+#
+# Without a GPU a small model of the same map family is trained (examples/configs/small.yaml).
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# Relative where that is shorter: these paths end up in the commands shown to the user.
+HERE="$(realpath --relative-base="$PWD" "$ROOT/examples")"
+RUNS="$(realpath --relative-base="$PWD" "$ROOT/runs")"
+: "${SIZE:?start one of the scripts beside this one, for example examples/pretrain_1b_top_share.sh}"
+NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" TP="${TP:-1}"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+say() { echo "launch: $*" >&2; }
+fail() { echo "launch error: $*" >&2; exit 2; }
+
+if [[ -z "${DATA_PATH:-}" && "$NNODES" -gt 1 ]]; then
+  fail "several nodes need data that all of them see: set DATA_PATH and TOKENIZER_MODEL"
+fi
+PY="$(bash "$ROOT/tools/setup_env.sh")"
+
+gpu_count() {
+  # Importing torch takes seconds: ask it only where there is a driver.
+  if [[ -e /dev/nvidiactl ]] || command -v nvidia-smi > /dev/null; then
+    "$PY" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)'
+  else
+    echo 0
+  fi
+}
+
+yaml_number() { sed -n "s/^$2: *\([0-9]*\).*/\1/p" "$HERE/configs/$1.yaml"; }
+
+GPUS="$(gpu_count)"
+CONFIG="$SIZE"
+if [[ "$GPUS" -eq 0 && -z "${FULL_SIZE:-}" ]]; then
+  CONFIG=small
+  if [[ -n "${KV_LAYERS:-}" ]]; then
+    # The same share of the layers, but never so few that the map loses its shape.
+    SMALL=$(yaml_number small num-layers) FULL=$(yaml_number "$SIZE" num-layers)
+    SCALED=$(((KV_LAYERS * SMALL + FULL / 2) / FULL))
+    LEAST=$((KV_LAYERS < 3 ? KV_LAYERS : 3))
+    KV_LAYERS=$((SCALED > LEAST ? SCALED : LEAST))
+  fi
+  say "no GPU here: training a small $KV_PATTERN model instead of $SIZE" \
+    "($(yaml_number small num-layers) layers${KV_LAYERS:+, $KV_LAYERS with KV}) on $(nproc) CPU cores"
+fi
+NAME="$CONFIG-${KV_PATTERN/:/-}${KV_LAYERS:+-$KV_LAYERS}"
+SAVE="${SAVE:-$RUNS/$NAME/checkpoint}"
+
+FLAGS=(--config "$HERE/configs/$CONFIG.yaml" --kv-pattern "$KV_PATTERN")
+if [[ -n "${KV_LAYERS:-}" ]]; then FLAGS+=(--kv-layers "$KV_LAYERS"); fi
+if [[ "$KV_PATTERN" == yoco || -n "${WINDOW_SIZE:-}" ]]; then
+  FLAGS+=(--window-size "${WINDOW_SIZE:-$(($(yaml_number "$CONFIG" seq-length) / 2))}")
+fi
+if [[ "$TP" -gt 1 ]]; then FLAGS+=(--tensor-model-parallel-size "$TP" --sequence-parallel); fi
+if [[ -z "${DATA_PATH:-}" ]]; then
+  say "DATA_PATH is not set: training on the embedded corpus"
+  CORPUS="$(bash "$HERE/prepare_corpus.sh")"
+  YARDSTICK="$(grep entropy "$CORPUS/summary.txt")"
+  DATA_PATH="$CORPUS/corpus_text_document" TOKENIZER_MODEL="$CORPUS/tokenizer.model"
+  # The corpus is a few million tokens: enough to see a full-size model work, not to train it.
+  if [[ "$CONFIG" != small ]]; then
+    TRAIN_ITERS="${TRAIN_ITERS:-50}"
+    FLAGS+=(--global-batch-size $((64 * (GPUS > 0 ? GPUS : 1))) --split "90,10,0")
+  fi
+fi
+read -ra DATA <<< "$DATA_PATH"
+FLAGS+=(--data-path "${DATA[@]}" --save "$SAVE" --load "$SAVE" --metrics-file "$(dirname "$SAVE")/metrics.jsonl")
+if [[ -n "${TOKENIZER_MODEL:-}" ]]; then
+  KIND=SentencePieceTokenizer
+  if [[ -d "$TOKENIZER_MODEL" ]]; then KIND=HuggingFaceTokenizer; fi
+  FLAGS+=(--tokenizer-type "$KIND" --tokenizer-model "$TOKENIZER_MODEL")
+fi
+if [[ -n "${TRAIN_ITERS:-}" ]]; then FLAGS+=(--train-iters "$TRAIN_ITERS"); fi
+
+mkdir -p "$(dirname "$SAVE")"
+PRETRAIN=(-m megatron_kvshare pretrain "${FLAGS[@]}" "$@")
+PROCESSES="${GPUS_PER_NODE:-$GPUS}"
+if [[ "$GPUS" -eq 0 ]]; then
+  PROCESSES="${NPROC:-1}"
+  # All cores for one process; several processes share them.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > PROCESSES ? $(nproc) / PROCESSES : 1))}"
+  # Threads that wait by spinning make training several times slower where other work shares the cores.
+  export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+fi
+if [[ "$NNODES" -eq 1 && "$PROCESSES" -eq 1 ]]; then
+  RUN=("$PY")
+else
+  RUN=("$PY" -m torch.distributed.run --nproc_per_node "$PROCESSES")
+  if [[ "$NNODES" -gt 1 ]]; then
+    : "${MASTER_ADDR:?on several nodes set MASTER_ADDR to the host name of the first}"
+    RUN+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
+    RUN+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+  else
+    RUN+=(--standalone)
+  fi
+fi
+if [[ -z "${YARDSTICK:-}" ]]; then
+  # The process becomes the trainer, so that signals of a scheduler reach it.
+  exec "${RUN[@]}" "${PRETRAIN[@]}"
+fi
+say "for comparison with the training loss: $YARDSTICK"
+"${RUN[@]}" "${PRETRAIN[@]}"
+say "for comparison with the training loss: $YARDSTICK"

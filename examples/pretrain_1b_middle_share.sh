@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# 1.1B, sandwich-middle: as sandwich-top, but the block reads its middle layer's KV, which trains faster.
+# 11 of 22 layers keep KV; KV_LAYERS=3 is the aggressive setting.
+# Settings from the environment and what happens without a GPU: examples/launch.sh. Arguments are passed on.
+set -euo pipefail
+export SIZE=1b KV_PATTERN=sandwich-middle KV_LAYERS="${KV_LAYERS:-11}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/launch.sh" "$@"

@@ -1,0 +1,55 @@
+"""Package metadata and extras. Exact versions: constraints.txt; tool settings: pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION_LINE = re.search(
+    r'^__version__ = "([^"]+)"', (ROOT / "megatron_kvshare" / "__init__.py").read_text(), re.M
+)
+assert VERSION_LINE, "megatron_kvshare/__init__.py must state __version__"
+
+CORE = [
+    "torch>=2.6",
+    "megatron-core>=0.16.1,<0.20",
+    "sentencepiece",
+    "datasets",
+    "pydantic>=2.7",
+    "PyYAML",
+    "rich",
+    "numpy",
+    "safetensors",
+    "psutil",  # megatron-core 0.19 needs it to save a checkpoint and does not declare it
+]
+EXTRAS = {
+    "deepspeed": ["deepspeed"],
+    "hf": ["transformers", "tokenizers"],
+    "tracking": ["wandb", "tensorboard"],
+    "test": [
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "matplotlib",
+    ],
+}
+
+setup(
+    name="megatron_kvshare",
+    version=VERSION_LINE.group(1),
+    description="Pretraining with cross-layer KV sharing on megatron-core, on GPUs or on a laptop",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_kvshare", "megatron_kvshare.*"]),
+    install_requires=CORE,
+    extras_require={**EXTRAS, "all": sorted({name for group in EXTRAS.values() for name in group})},
+    entry_points={"console_scripts": ["kvshare = megatron_kvshare.cli.main:entry"]},
+)

@@ -1,0 +1,82 @@
+"""Whole pretraining runs inside the long-lived workers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_kvshare.config.pretrain import parse_pretrain
+from megatron_kvshare.errors import KVShareError
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.gpt import KVShareGPT, ModelOutput
+from megatron_kvshare.train.pretrain import pretrain
+from megatron_kvshare.train.report import Typed
+from tests.distributed.world import Layout
+
+SMALL = shlex.split(
+    "--mock-data --vocab-size 100 --num-layers 4 --hidden-size 32 --ffn-hidden-size 48"
+    " --num-attention-heads 4 --num-query-groups 2 --seq-length 32 --kv-pattern sandwich-top"
+    " --kv-layers 3 --train-iters 6 --micro-batch-size 2 --global-batch-size 8 --lr 1e-2"
+    " --eval-iters 1 --eval-interval 4 --log-interval 1 --peak-tflops 1"
+)
+
+
+class Outcome(NamedTuple):
+    """What one rank saw: its closing state, or the error or exit code it left with."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    output: str = ""
+    error: str = ""
+
+
+def run_pretrain(
+    state: ParallelState, layout: Layout, flags: list[str], poison: tuple[int, int] | None = None
+) -> Outcome:
+    """A run of `SMALL` with more flags; `poison` (rank, call) makes one forward NaN."""
+    # Saving forks writers, which a daemon (a test's worker) may not do.
+    multiprocessing.current_process()._config["daemon"] = False
+    tensor = ["--tensor-model-parallel-size", str(layout.tensor)]
+    sequence = ["--sequence-parallel"] if layout.sequence_parallel else []
+    config = parse_pretrain([*SMALL, *tensor, *sequence, *flags])
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), poisoned(state.rank, poison):
+            run = pretrain(config, state, Typed(["kvshare", "pretrain", *flags], ["kvshare"]))
+    except KVShareError as error:
+        return Outcome(output=output.getvalue(), error=str(error))
+    except SystemExit as leave:
+        return Outcome(output=output.getvalue(), error=f"exit {leave.code}")
+    return Outcome(run.progress.step, run.progress.skipped_steps, output.getvalue())
+
+
+@contextlib.contextmanager
+def poisoned(rank: int, poison: tuple[int, int] | None) -> Any:
+    """Training forward number `poison[1]` on rank `poison[0]` gives a loss that is not a number."""
+    forward, calls = KVShareGPT.forward, 0
+
+    def poisoned_forward(self: KVShareGPT, *args: Any, **settings: Any) -> ModelOutput:
+        nonlocal calls
+        output = forward(self, *args, **settings)
+        calls += torch.is_grad_enabled()
+        return output._replace(value=output.value * float("nan")) if calls == poison[1] else output
+
+    if poison is None or poison[0] != rank:
+        yield
+        return
+    KVShareGPT.forward = poisoned_forward
+    try:
+        yield
+    finally:
+        KVShareGPT.forward = forward
+
+
+def set_latest(root: Path, iteration: int) -> None:
+    """Make ``iteration`` the checkpoint that the next run continues from."""
+    (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))

@@ -1,0 +1,147 @@
+"""Every script parses and plans the run it promises; without a GPU it trains its map family."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT, Workspace
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("pretrain_*.sh"))
+SCRIPTS = sorted(
+    path
+    for pattern in ("examples/*.sh", "tools/*.sh", "tests/*.sh", "slurm/*.sbatch", ".ci/run")
+    for path in ROOT.glob(pattern)
+)
+# What a map must look like at the 8 layers of the small model, and at full size.
+SMALL_MAPS = {
+    "pretrain_1b_top_share.sh": "0_1_6_6_6_6_6_7",
+    "pretrain_1b_middle_share.sh": "0_1_4_4_4_4_4_7",
+    "pretrain_1b_bottom_share.sh": "0_1_2_3_3_3_3_3",
+    "pretrain_1b_cla.sh": "0_0_2_2_4_4_6_6",
+    "pretrain_1b_yoco.sh": "0s_1s_2s_3s_4_4_4_4",
+    "pretrain_1b_standard.sh": "0_1_2_3_4_5_6_7",
+    "pretrain_110m.sh": "0_1_6_6_6_6_6_7",
+}
+FULL_SIZE_LINES = {
+    "pretrain_1b_top_share.sh": "0_1_2_3_4_16_16_16_16_16_16_16_16_16_16_16_16_17_18_19_20_21",
+    "pretrain_1b_yoco.sh": "10s_11_11_11_11_11_11_11_11_11_11_11",
+    "pretrain_110m.sh": "0_1_2_9_9_9_9_9_9_9_10_11",
+}
+
+
+def dry_run(workspace: Workspace, name: str, **environment: str) -> str:
+    done = workspace.bash(f"bash examples/{name} --dry-run", environment)
+    assert done.returncode == 0, done.stderr
+    assert "Dry run" in done.stdout
+    return done.stdout + done.stderr
+
+
+def map_of(report: str) -> str:
+    found = re.search(r"^ *map (\S+)$", report, re.M)
+    assert found, report
+    return found.group(1)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_parse_and_can_be_started(path: Path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert path.suffix == ".sbatch" or path.stat().st_mode & 0o100, "not executable"
+
+
+def test_every_example_is_listed_here():
+    assert set(EXAMPLES) == set(SMALL_MAPS)
+
+
+@pytest.mark.parametrize("name", sorted({*EXAMPLES} - {"pretrain_1b_top_share.sh"}))
+def test_without_a_gpu_an_example_plans_its_family(name: str, workspace: Workspace):
+    report = dry_run(workspace, name)
+    assert "no GPU here" in report
+    assert map_of(report) == SMALL_MAPS[name]
+
+
+@pytest.mark.parametrize("name", FULL_SIZE_LINES)
+def test_the_full_size_plan(name: str, workspace: Workspace):
+    report = dry_run(workspace, name, FULL_SIZE="1")
+    assert map_of(report).endswith(FULL_SIZE_LINES[name])
+
+
+def test_aggressive_sharing(workspace: Workspace):
+    report = dry_run(workspace, "pretrain_1b_top_share.sh", KV_LAYERS="3")
+    assert map_of(report) == "0_6_6_6_6_6_6_7"
+
+
+def test_an_example_trains_and_arguments_win(workspace: Workspace):
+    code = "bash examples/pretrain_1b_top_share.sh --log-interval 1 --eval-iters 1 --train-iters 3"
+    more = {"SAVE": "runs/short/checkpoint", "TRAIN_ITERS": "7"}
+    done = workspace.bash(f"{code} --micro-batch-size 1 --global-batch-size 2", more)
+    assert done.returncode == 0, done.stderr
+    assert "no GPU here" in done.stderr and "unigram entropy" in done.stderr
+    assert map_of(done.stdout) == SMALL_MAPS["pretrain_1b_top_share.sh"]
+    assert "validation perplexity" in done.stdout
+    lines = (workspace.folder / "runs/short/metrics.jsonl").read_text().splitlines()
+    assert [step["step"] for step in map(json.loads, lines) if "loss" in step] == [1, 2, 3]
+    assert (workspace.folder / "runs/short/checkpoint").is_dir()
+
+
+def test_several_nodes_need_data(workspace: Workspace):
+    done = workspace.bash("bash examples/pretrain_1b_cla.sh", {"NNODES": "2"})
+    assert done.returncode == 2
+    assert "DATA_PATH" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_launcher_alone_says_what_to_start(workspace: Workspace):
+    done = workspace.bash("bash examples/launch.sh")
+    assert done.returncode != 0
+    assert "pretrain_1b_top_share.sh" in done.stderr
+
+
+# Stands for Python on a machine with eight GPUs: counts them, and shows what it is asked to start.
+GPU_PYTHON = '#!/usr/bin/env bash\nif [[ "$1" == -c ]]; then echo 8; else echo "$*"; fi\n'
+
+
+@pytest.fixture
+def gpu_machine(tmp_path: Path) -> dict[str, str]:
+    for name, code in (("python", GPU_PYTHON), ("nvidia-smi", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(code)
+        (tmp_path / name).chmod(0o755)
+    data = {"DATA_PATH": "0.7 a 0.3 b", "TOKENIZER_MODEL": "tok.model", "SAVE": "out/checkpoint"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return {**data, "PATH": path, "PYTHON": str(tmp_path / "python")}
+
+
+def test_with_gpus_the_full_model_starts_on_all_of_them(workspace, gpu_machine):
+    done = workspace.bash("bash examples/pretrain_1b_top_share.sh --lr 1e-4", gpu_machine)
+    wanted = (
+        "-m torch.distributed.run --nproc_per_node 8 --standalone -m megatron_kvshare pretrain"
+        " --config examples/configs/1b.yaml --kv-pattern sandwich-top --kv-layers 11"
+        " --data-path 0.7 a 0.3 b --save out/checkpoint --load out/checkpoint"
+        " --metrics-file out/metrics.jsonl --tokenizer-type SentencePieceTokenizer"
+        " --tokenizer-model tok.model --lr 1e-4"
+    )
+    assert done.stdout.strip() == wanted
+
+
+def test_several_nodes_and_tensor_parallel(workspace, gpu_machine):
+    more = {
+        "NNODES": "2",
+        "NODE_RANK": "1",
+        "MASTER_ADDR": "first",
+        "TP": "2",
+        "GPUS_PER_NODE": "4",
+    }
+    done = workspace.bash("bash examples/pretrain_1b_yoco.sh", {**gpu_machine, **more})
+    torchrun = "--nproc_per_node 4 --nnodes 2 --node_rank 1 --master_addr first --master_port 29500"
+    assert torchrun in done.stdout
+    assert "--tensor-model-parallel-size 2 --sequence-parallel" in done.stdout
+    assert "--kv-pattern yoco --window-size 1024" in done.stdout
+
+
+def test_several_nodes_need_an_address(workspace, gpu_machine):
+    done = workspace.bash("bash examples/pretrain_1b_cla.sh", {**gpu_machine, "NNODES": "2"})
+    assert done.returncode != 0 and "MASTER_ADDR" in done.stderr
