@@ -1,0 +1,41 @@
+"""Fixtures all tests share.
+
+A run is either on the CPU (the default; GPUs are hidden, so that results do not depend on the
+machine) or, with `-m gpu`, on GPUs, where the same suites compare with the CPU's fp32 and fp64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed.world import World
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "gpu" not in config.option.markexpr or "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def single() -> Iterator:
+    """The parallel state of this process alone."""
+    import torch
+
+    from megatron_kvshare.megatron_api import parallel
+
+    torch.set_num_threads(1)
+    yield parallel.initialize()
+    parallel.destroy()
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Four gloo workers; started by the first job that needs them."""
+    started = World(size=4, environment={"CUDA_VISIBLE_DEVICES": ""})
+    yield started
+    started.close()

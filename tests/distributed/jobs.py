@@ -1,0 +1,143 @@
+"""What workers do in the parallel suite: train for real, and report by canonical name.
+
+Everything goes through the product's own path: configuration, `prepare`, data, schedule, optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_kvshare.config import (
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    ParallelConfig,
+    PretrainConfig,
+    SharingConfig,
+    TrainConfig,
+)
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.block import SharedKVBlock
+from megatron_kvshare.model.parameters import gather_by_name
+from megatron_kvshare.train.run import Run
+from megatron_kvshare.train.setup import prepare
+from megatron_kvshare.train.step import train_step
+from tests.distributed.world import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training run; `model`, `sharing`, ... hold further settings of these sections."""
+
+    sharing: dict[str, Any]
+    kv_heads: int = 4
+    steps: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, layout: Layout) -> PretrainConfig:
+        sharing = {
+            "kv_forward_passes": 1,
+            "kv_backward_passes": 2,
+            "window_size": 5,
+            **self.sharing,
+        }
+        model = {
+            "num_layers": 8,
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "num_attention_heads": 8,
+            "num_query_groups": self.kv_heads,
+            "seq_length": 16,
+            "vocab_size": 101,
+            "make_vocab_size_divisible_by": 16,
+            **self.model,
+        }
+        train = {
+            "micro_batch_size": 4 // layout.data,
+            "global_batch_size": 4,
+            "train_iters": 10,
+            "lr": 1e-3,
+            "clip_grad": 0.0,
+            "eval_iters": 0,
+            **self.train,
+        }
+        return PretrainConfig(
+            model=ModelConfig(**model),
+            sharing=SharingConfig(**sharing),
+            parallel=ParallelConfig(
+                tensor_model_parallel_size=layout.tensor,
+                sequence_parallel=layout.sequence_parallel,
+                **self.parallel,
+            ),
+            data=DataConfig(mock_data=True, **self.data),
+            train=TrainConfig(**train),
+            log=LogConfig(),
+        )
+
+
+class Trained(NamedTuple):
+    """Full tensors by canonical name; gradients are those of the first step."""
+
+    losses: list[float]
+    initial_weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def train(state: ParallelState, layout: Layout, case: Case) -> Trained:
+    """Run the case's optimizer steps."""
+    run = prepare(case.config(layout), state)
+    model = run.model.module
+    initial_weights = gather_by_name(model, state, "weight")
+    batches = run.data.train_batches(0)
+    losses = [train_step(run, batches, 1).loss]
+    gradients = finished_gradients(run)
+    losses += [train_step(run, batches, step).loss for step in range(2, case.steps + 1)]
+    return Trained(losses, initial_weights, gradients)
+
+
+def finished_gradients(run: Run) -> dict[str, Tensor]:
+    """Gradients of the global batch; the distributed optimizer leaves each rank a part of them."""
+    if run.config.parallel.use_distributed_optimizer:
+        for buffer in run.model.buffers:
+            for bucket in buffer.buckets:
+                parts = list(bucket.grad_data.chunk(run.state.dp_size))
+                mine = parts[run.state.dp_rank].clone()
+                dist.all_gather(parts, mine, group=run.state.dp_group)
+    return {
+        name: gradient.clone()
+        for name, gradient in gather_by_name(run.model.module, run.state, "grad").items()
+    }
+
+
+def train_without_one_consumer(
+    state: ParallelState, layout: Layout, case: Case, consumer: int
+) -> Trained:
+    """The same run with the keys and values that layer `consumer` reads cut off from their
+    producer.
+
+    The loss stays what it was; only the producer's gradient misses this consumer's share.
+    """
+    plain = SharedKVBlock._source
+    SharedKVBlock._source = without_gradient(plain, consumer)
+    try:
+        return train(state, layout, case)
+    finally:
+        SharedKVBlock._source = plain
+
+
+def without_gradient(source: Callable, consumer: int) -> Callable:
+    def cut(self, step, now, before):
+        found = source(self, step, now, before)
+        if found is None or step.layer != consumer:
+            return found
+        return type(found)(*(x.detach() for x in found))
+
+    return cut

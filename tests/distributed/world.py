@@ -1,0 +1,180 @@
+"""One world of worker processes for all distributed tests.
+
+Importing torch and megatron-core in four processes takes many seconds, so the processes start once
+and then take jobs: `world.run(function, layout, ...)` runs a module-level function on the first
+ranks of the world, under the parallel groups of that layout, and returns what every rank returned.
+The groups are made and destroyed per job. A job that raises, hangs or loses a worker ends the whole
+world, and the next job starts a fresh one: after a failure in the middle of a collective nothing in
+the old processes can be relied on.
+
+This module must stay cheap to import: workers set their environment before anything imports torch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks of one job: data-parallel size times tensor-parallel size of them."""
+
+    tensor: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.data
+
+    def __str__(self) -> str:
+        return f"tp{self.tensor}{'-sp' * self.sequence_parallel}-dp{self.data}"
+
+
+class WorkerError(RuntimeError):
+    """A job failed: the remote traceback, a crash or a timeout."""
+
+
+class World:
+    """Long-lived workers; `size` is the largest number of ranks a job may use."""
+
+    def __init__(self, size: int, environment: dict[str, str] | None = None):
+        self.size = size
+        self._environment = environment or {}
+        self._workers: list[tuple[SpawnProcess, Connection]] = []
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        layout: Layout,
+        *arguments: Any,
+        timeout_seconds: float = 120,
+    ) -> list[Any]:
+        """`function(state, layout, *arguments)` on every rank of the layout; results in the order
+        of ranks.
+
+        `function` must be importable by name; `state` is the rank's ParallelState. Raises
+        WorkerError with the traceback of the first rank that failed.
+        """
+        if layout.world_size > self.size:
+            raise ValueError(f"{layout} needs {layout.world_size} ranks, the world has {self.size}")
+        self._start()
+        workers = self._workers[: layout.world_size]
+        job = pickle.dumps((free_port(), function, layout, arguments))
+        try:
+            for _, connection in workers:
+                connection.send_bytes(job)
+            return self._collect(workers, time.monotonic() + timeout_seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends every worker at once, in whatever state it is."""
+        workers, self._workers = self._workers, []
+        for process, connection in workers:
+            process.kill()
+            connection.close()
+        for process, _ in workers:
+            process.join()
+
+    def _start(self) -> None:
+        if all(process.is_alive() for process, _ in self._workers) and self._workers:
+            return
+        self.close()
+        spawn = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = spawn.Pipe()
+            environment = {**self._environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = spawn.Process(
+                target=serve, args=(theirs, environment, os.getpid()), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _collect(self, workers: list[tuple[SpawnProcess, Connection]], deadline: float) -> list:
+        results: dict[int, Any] = {}
+        ranks = {connection: rank for rank, (_, connection) in enumerate(workers)}
+        while len(results) < len(workers):
+            waiting = [c for c, rank in ranks.items() if rank not in results]
+            ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = [ranks[c] for c in waiting]
+                raise WorkerError(f"no answer from ranks {late} in time")
+            for connection in ready:
+                rank = ranks[connection]
+                results[rank] = receive(connection, rank)
+        return [results[rank] for rank in range(len(workers))]
+
+
+def receive(connection: Connection, rank: int) -> Any:
+    """One rank's result, or WorkerError with what went wrong there."""
+    try:
+        succeeded, content = pickle.loads(connection.recv_bytes())
+    except (EOFError, ConnectionError) as lost:
+        raise WorkerError(f"worker of rank {rank} died") from lost
+    if not succeeded:
+        raise WorkerError(f"rank {rank} failed:\n{content}")
+    return content
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# In the worker ------------------------------------------------------------------------------------
+
+
+def serve(connection: Connection, environment: dict[str, str], parent: int) -> None:
+    """Runs jobs until the connection ends; a lost parent ends the process within a second."""
+    threading.Thread(target=follow_parent, args=(parent,), daemon=True).start()
+    os.environ.update({"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **environment})
+    while True:
+        try:
+            job = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            return
+        connection.send_bytes(run_job(job))
+
+
+def follow_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def run_job(job: bytes) -> bytes:
+    """Pickled (True, result) or (False, traceback)."""
+    try:
+        port, function, layout, arguments = pickle.loads(job)
+        os.environ.update({"WORLD_SIZE": str(layout.world_size), "MASTER_PORT": str(port)})
+        return pickle.dumps((True, with_parallel_groups(function, layout, arguments)))
+    except Exception:
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+def with_parallel_groups(function: Callable[..., Any], layout: Layout, arguments: tuple) -> Any:
+    import torch
+
+    from megatron_kvshare.megatron_api import parallel
+
+    torch.set_num_threads(1)
+    state = parallel.initialize(layout.tensor)
+    try:
+        return function(state, layout, *arguments)
+    finally:
+        parallel.destroy()
