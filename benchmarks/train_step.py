@@ -97,7 +97,7 @@ def our_step(plan: ExecutionPlan, state: parallel.ParallelState) -> Step:
     def step() -> None:
         zero_gradients(model, optimizer)
         run_schedule(model, _forever(), microbatch_loss, num_microbatches=1)
-        update_parameters(optimizer, TRAIN.clip_grad, gradient_norm(optimizer))
+        update_parameters(model, optimizer, TRAIN.clip_grad, gradient_norm(optimizer))
 
     return step
 

@@ -66,7 +66,11 @@ if [[ -n "${KV_LAYERS:-}" ]]; then FLAGS+=(--kv-layers "$KV_LAYERS"); fi
 if [[ "$KV_PATTERN" == yoco || -n "${WINDOW_SIZE:-}" ]]; then
   FLAGS+=(--window-size "${WINDOW_SIZE:-$(($(yaml_number "$CONFIG" seq-length) / 2))}")
 fi
-if [[ "$TP" -gt 1 ]]; then FLAGS+=(--tensor-model-parallel-size "$TP" --sequence-parallel); fi
+if [[ "$TP" -gt 1 ]]; then
+  FLAGS+=(--tensor-model-parallel-size "$TP" --sequence-parallel)
+  # megatron-core starts a collective before the product it overlaps; one queue keeps that order on GPUs.
+  export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+fi
 if [[ -z "${DATA_PATH:-}" ]]; then
   say "DATA_PATH is not set: training on the embedded corpus"
   CORPUS="$(bash "$HERE/prepare_corpus.sh")"

@@ -15,7 +15,6 @@ from megatron.core.enums import ModelType
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
-    clip_grads,
     get_megatron_optimizer,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -100,12 +99,21 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 
 @torch.no_grad()
-def update_parameters(optimizer: MegatronOptimizer, clip_grad: float, grad_norm: float) -> None:
-    """After :func:`gradient_norm`: clip to ``clip_grad`` (0: do not) and take the AdamW step."""
+def update_parameters(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    clip_grad: float,
+    grad_norm: float,
+) -> None:
+    """After :func:`gradient_norm`: clip to ``clip_grad`` (0: do not) and take the AdamW step.
+
+    Clipping scales the gradient buffer in one go, where megatron-core without fused kernels copies
+    every gradient.
+    """
     with cpu_mode():
-        parameters = optimizer.get_parameters()
-        if clip_grad > 0 and parameters:
-            clip_grads.clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+        if 0 < clip_grad < grad_norm:
+            model.scale_gradients(clip_grad / (grad_norm + 1e-6))
+            optimizer.prepare_grads()
         optimizer.step_with_ready_grads()
 
 

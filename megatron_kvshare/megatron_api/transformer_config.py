@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_kvshare.config import ModelConfig, ParallelConfig
 from megatron_kvshare.megatron_api.platform import cpu_mode
+
+# The default of this field, whose name depends on the version, warns that it is deprecated.
+_GRAPH_FIELDS = ("cuda_graph_modules", "cuda_graph_scope")
+_NO_CUDA_GRAPHS: dict[str, Any] = {
+    next(name for name in _GRAPH_FIELDS if name in TransformerConfig.__dataclass_fields__): []
+}
 
 
 def transformer_config(
@@ -46,5 +54,5 @@ def transformer_config(
             gradient_accumulation_fusion=False,
             bias_activation_fusion=False,
             calculate_per_token_loss=True,
-            cuda_graph_scope=None,  # the default of 0.16 warns that it is deprecated
+            **_NO_CUDA_GRAPHS,
         )

@@ -48,7 +48,7 @@ def train_step(
     grad_norm = gradient_norm(run.optimizer)
     finite = all_finite((loss, grad_norm), run.state)
     if finite:
-        update_parameters(run.optimizer, run.config.train.clip_grad, grad_norm)
+        update_parameters(run.model, run.optimizer, run.config.train.clip_grad, grad_norm)
     residual = _residual(run, sums[2:]) if measure_residual else None
     return StepResult(loss, lr, grad_norm, residual, skipped=not finite)
 
