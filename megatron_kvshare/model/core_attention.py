@@ -43,15 +43,23 @@ class _MergeHeads(torch.autograd.Function):
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    if q.is_cuda and q.dtype == torch.float32:
+        k, v = _one_head_per_query(q, k, v)  # flash takes no fp32, its fp32 stand-in no groups
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
-def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility) -> torch.Tensor:
+def _one_head_per_query(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     queries_per_kv = q.shape[1] // k.shape[1]
-    if queries_per_kv > 1:
-        # The masked GPU kernels take no grouped heads.
-        k, v = (x.repeat_interleave(queries_per_kv, dim=1) for x in (k, v))
+    if queries_per_kv == 1:
+        return k, v
+    return k.repeat_interleave(queries_per_kv, dim=1), v.repeat_interleave(queries_per_kv, dim=1)
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility) -> torch.Tensor:
+    k, v = _one_head_per_query(q, k, v)  # the masked GPU kernels take no grouped heads
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask)
     if visible.blind is None:
         return out
