@@ -21,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `pytest -n 2 --dist loadgroup`, tests that share something costly run in one process."""
+    for item in items:
+        for folder in ("distributed", "integration"):
+            if folder in item.path.parts:
+                item.add_marker(pytest.mark.xdist_group(folder))
+
+
 @pytest.fixture(scope="session")
 def single() -> Iterator:
     """The parallel state of this process alone."""

@@ -4,6 +4,7 @@
 #   bash tests/run.sh                      everything a change must pass
 #   bash tests/run.sh tests/unit -k map    arguments go to pytest
 #   bash tests/run.sh -m nightly           what takes longer; also -m download, slurm, gpu (see pyproject.toml)
+#   TEST_PROCESSES=0 bash tests/run.sh     in one process instead of two (for -m gpu, or a debugger)
 #   PYTHON=python3.12 bash tests/run.sh    the same on Python 3.12, which brings megatron-core 0.19.2
 set -uo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -23,7 +24,7 @@ check() {
 check format "$PY" -m ruff format --check .
 check lint "$PY" -m ruff check .
 check types "$PY" -m mypy
-check tests "$PY" -m pytest "$@"
+check tests "$PY" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadgroup "$@"
 
 if [[ ${#FAILED[@]} -gt 0 ]]; then
   echo "FAILED: ${FAILED[*]}"
