@@ -3,7 +3,8 @@
 Importing torch and megatron-core in four processes takes many seconds, so the processes start once
 and then take jobs: `world.run(function, layout, ...)` runs a module-level function on the first
 ranks of the world, under the parallel groups of that layout, and returns what every rank returned.
-The groups are made and destroyed per job. A job that raises, hangs or loses a worker ends the whole
+The groups are kept for the next job and made anew when its layout differs: making them costs more
+than most jobs. A job that raises, hangs or loses a worker ends the whole
 world, and the next job starts a fresh one: after a failure in the middle of a collective nothing in
 the old processes can be relied on.
 
@@ -38,6 +39,11 @@ class Layout:
     def world_size(self) -> int:
         return self.tensor * self.data
 
+    @property
+    def groups(self) -> tuple[int, int]:
+        """What the parallel groups depend on."""
+        return self.tensor, self.data
+
     def __str__(self) -> str:
         return f"tp{self.tensor}{'-sp' * self.sequence_parallel}-dp{self.data}"
 
@@ -53,6 +59,7 @@ class World:
         self.size = size
         self._environment = environment or {}
         self._workers: list[tuple[SpawnProcess, Connection]] = []
+        self._groups: tuple[int, int] | None = None
 
     def run(
         self,
@@ -71,7 +78,9 @@ class World:
             raise ValueError(f"{layout} needs {layout.world_size} ranks, the world has {self.size}")
         self._start()
         workers = self._workers[: layout.world_size]
-        job = pickle.dumps((free_port(), function, layout, arguments))
+        port = None if layout.groups == self._groups else free_port()
+        self._groups = layout.groups
+        job = pickle.dumps((port, function, layout, arguments))
         try:
             for _, connection in workers:
                 connection.send_bytes(job)
@@ -83,6 +92,7 @@ class World:
     def close(self) -> None:
         """Ends every worker at once, in whatever state it is."""
         workers, self._workers = self._workers, []
+        self._groups = None
         for process, connection in workers:
             process.kill()
             connection.close()
@@ -143,12 +153,13 @@ def serve(connection: Connection, environment: dict[str, str], parent: int) -> N
     """Runs jobs until the connection ends; a lost parent ends the process within a second."""
     threading.Thread(target=follow_parent, args=(parent,), daemon=True).start()
     os.environ.update({"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **environment})
+    groups = Groups()
     while True:
         try:
             job = connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
-        connection.send_bytes(run_job(job))
+        connection.send_bytes(run_job(groups, job))
 
 
 def follow_parent(parent: int) -> None:
@@ -157,24 +168,29 @@ def follow_parent(parent: int) -> None:
     os._exit(1)
 
 
-def run_job(job: bytes) -> bytes:
+def run_job(groups: Groups, job: bytes) -> bytes:
     """Pickled (True, result) or (False, traceback)."""
     try:
         port, function, layout, arguments = pickle.loads(job)
-        os.environ.update({"WORLD_SIZE": str(layout.world_size), "MASTER_PORT": str(port)})
-        return pickle.dumps((True, with_parallel_groups(function, layout, arguments)))
+        if port is not None:
+            groups.renew(layout, port)
+        return pickle.dumps((True, function(groups.state, layout, *arguments)))
     except Exception:
         return pickle.dumps((False, traceback.format_exc()))
 
 
-def with_parallel_groups(function: Callable[..., Any], layout: Layout, arguments: tuple) -> Any:
-    import torch
+class Groups:
+    """The parallel groups of the last job; the next one of the same layout uses them again."""
 
-    from megatron_kvshare.megatron_api import parallel
+    def __init__(self) -> None:
+        self.state: Any = None
 
-    torch.set_num_threads(1)
-    state = parallel.initialize(layout.tensor)
-    try:
-        return function(state, layout, *arguments)
-    finally:
+    def renew(self, layout: Layout, port: int) -> None:
+        import torch
+
+        from megatron_kvshare.megatron_api import parallel
+
+        torch.set_num_threads(1)
         parallel.destroy()
+        os.environ.update({"WORLD_SIZE": str(layout.world_size), "MASTER_PORT": str(port)})
+        self.state = parallel.initialize(layout.tensor)
