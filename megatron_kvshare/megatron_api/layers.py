@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -25,6 +24,8 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_kvshare.megatron_api.linear import local_linear
 
 __all__ = [
     "ColumnParallel",
@@ -73,15 +74,15 @@ class ColumnParallel(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         """``[s, b, input] -> [s, b, local rows]``, of the rows from ``first_row`` on."""
-        return self.project(x, self.weight[first_row:] if first_row else self.weight)
+        return self.project(x, self.weight, first_row)
 
-    def project(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The same with a given local ``weight`` (rows of this layer's, or a tied one)."""
+    def project(self, x: torch.Tensor, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """The same with a given local ``weight`` (this layer's, or a tied one)."""
         if self.tp_group.size() == 1:
-            return F.linear(x, weight)  # nothing to communicate: spare the Python autograd node
+            return local_linear(x, weight, first_row)
         return linear_with_grad_accumulation_and_async_allreduce(
             input=x,
-            weight=weight,
+            weight=weight[first_row:] if first_row else weight,
             bias=None,
             gradient_accumulation_fusion=False,
             allreduce_dgrad=self.allreduce_dgrad,
@@ -108,7 +109,7 @@ class RowParallel(RowParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[s, b, local input] -> [s, b, output]``."""
         if self.tp_group.size() == 1:
-            return F.linear(x, self.weight)
+            return local_linear(x, self.weight)
         return super().forward(x)[0]
 
 

@@ -20,6 +20,7 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kvshare.config import ParallelConfig, TrainConfig
+from megatron_kvshare.megatron_api.linear import accumulate_in_place
 from megatron_kvshare.megatron_api.platform import cpu_mode
 
 __all__ = ["DistributedDataParallel", "MegatronOptimizer", "OptimizerParamScheduler"]
@@ -39,6 +40,8 @@ def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> Dist
         wrapped = DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
     if parallel.overlap_grad_reduce:
         model.config.no_sync_func = wrapped.no_sync
+    else:
+        accumulate_in_place(model)
     return wrapped
 
 
