@@ -124,8 +124,7 @@ class VocabEmbedding(VocabParallelEmbedding):
             reduce_scatter_embeddings=config.sequence_parallel,
             config=config,
         )
-        if not hasattr(self.weight, "tensor_model_parallel"):  # megatron-core 0.19 sets them itself
-            _mark_split(self.weight, dim=0)
+        _mark_split(self.weight, dim=0)
         self.scattered = config.sequence_parallel
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
