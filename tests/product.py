@@ -13,7 +13,7 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import gather_by_name, parameter_pieces
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.plan import jacobi_plan
+from megatron_kvshare.sharing.solver import jacobi_plan
 from tests import oracle
 
 

@@ -10,12 +10,14 @@ from typing import Any
 from megatron_kvshare.config import ModelConfig, ParallelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.solver import Recipe
 
 MANIFEST = "kvshare.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # The weights fit another value of these, so --finetune may change them; a resume may not.
 _CHANGED_BY_FINETUNE = {
+    "kv_recipe",
     "window_size",
     "tokenizer",
     "norm_epsilon",
@@ -71,11 +73,21 @@ def read_manifest(folder: Path) -> Manifest:
                 f"format version {version} is newer than {FORMAT_VERSION}, which this version reads"
             )
             raise CheckpointError(Fault(str(path), version, rule, "update megatron_kvshare"))
+        if version < 2:
+            values["identity"]["kv_recipe"] = _recipe_of_version_1(values)
         return Manifest(**{**values, "progress": Progress(**values["progress"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = "this is not a complete checkpoint of megatron_kvshare"
         fix = "load another iter_* folder, by its number in latest_checkpointed_iteration.txt"
         raise CheckpointError(Fault(str(path), str(error), rule, fix)) from error
+
+
+def _recipe_of_version_1(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Version 1 knew the published passes only and wrote their numbers among the settings."""
+    if not SharingMap.parse(values["identity"]["kv_map"]).is_cyclic:
+        return None
+    passes = ("forward_passes", "backward_passes")
+    return Recipe(**{name: values["config"][f"kv_{name}"] for name in passes}).as_dict()
 
 
 def optimizer_format(parallel: ParallelConfig, bf16: bool) -> str:
@@ -87,13 +99,15 @@ def optimizer_format(parallel: ParallelConfig, bf16: bool) -> str:
 def identity(
     model: ModelConfig,
     sharing_map: SharingMap,
+    recipe: Recipe,
     window_size: int | None,
     vocab_size: int,
     tokenizer: str | None,
 ) -> dict[str, Any]:
-    """What weights belong to: map, model, true vocabulary size and tokenizer."""
+    """What weights belong to: map, how it is computed, model, true vocabulary size, tokenizer."""
     return {
         "kv_map": sharing_map.notation,
+        "kv_recipe": recipe.as_dict() if sharing_map.is_cyclic else None,
         "window_size": window_size if any(sharing_map.windowed) else None,
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -124,7 +138,12 @@ def check_identity(manifest: Manifest, run: dict[str, Any], finetune: bool) -> N
     """Raise :class:`CheckpointError` with every difference between a checkpoint and a run."""
     stored = manifest.identity
     faults = [
-        Fault(_where(name), run.get(name), f"the checkpoint has {stored.get(name)!r}", _fix(name))
+        Fault(
+            _where(name),
+            _shown(run, name),
+            f"the checkpoint has {_shown(stored, name)}",
+            _fix(name),
+        )
         for name in dict.fromkeys((*stored, *run))
         if stored.get(name) != run.get(name)
         and not (finetune and name in _CHANGED_BY_FINETUNE)
@@ -132,6 +151,13 @@ def check_identity(manifest: Manifest, run: dict[str, Any], finetune: bool) -> N
     ]
     if faults:
         raise CheckpointError(faults)
+
+
+def _shown(identity: dict[str, Any], name: str) -> str:
+    value = identity.get(name)
+    if name == "kv_recipe" and value is not None:
+        return str(Recipe.from_dict(value))
+    return repr(value)
 
 
 def _where(name: str) -> str:
@@ -143,4 +169,6 @@ def _fix(name: str) -> str:
         return "use the tokenizer (and data) that the checkpoint was trained with"
     if name == "kv_map":
         return "use the checkpoint's map, or start without --load"
+    if name == "kv_recipe":
+        return "use the checkpoint's recipe, or train on with another by --finetune"
     return "use the checkpoint's value, or start without --load"

@@ -15,13 +15,15 @@ from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
 from megatron_kvshare.config.rule import rule
 from megatron_kvshare.config.rules_model import groups_fit, heads_fit, sharing_map
-from megatron_kvshare.config.shape import execution_plan, model_shape
+from megatron_kvshare.config.rules_solver import SOLVER_RULES
+from megatron_kvshare.config.shape import execution_plan, model_shape, recipe
 from megatron_kvshare.config.sources import read_arguments
 from megatron_kvshare.config.types import SCHEMA, dataclass
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing import cost, draw, patterns
 from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.solver import recipe_name
 
 _ASSUMED_VOCABULARY = 32000  # Llama's; only embedding and head depend on it
 
@@ -57,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
         prog="kvshare plan",
         description=_description(),
         examples=_EXAMPLES,
-        rules=(heads_fit, groups_fit, _map_is_valid),
+        rules=(heads_fit, groups_fit, _map_is_valid, *SOLVER_RULES),
         megatron=MEGATRON_FLAGS,
     )
     config = parse(PlanConfig, _with_layers_of_map(argv), command)
@@ -86,8 +88,7 @@ def as_data(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> d
         "window_size": shape.window_size,
         "cyclic_groups": [list(group) for group in plan.map.cyclic_groups],
         "group_targets": [list(segment.targets) for segment in plan.groups],
-        "kv_forward_passes": sharing.kv_forward_passes,
-        "kv_backward_passes": sharing.kv_backward_passes,
+        "recipe": recipe(sharing).as_dict(),
         "vocab_size": shape.vocab_size,
         "kv_bytes_per_element": cost.KV_BYTES_PER_ELEMENT,
         **asdict(cost.costs(shape, plan)),
@@ -103,8 +104,12 @@ def _draw(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> Non
     title = f"{name}: {producers} of {layers} layers own keys and values"
     console.print(f"[bold]{title}[/bold] (KV cache / {layers / producers:.2f})")
     console.print(draw.map_table(plan, shape.window_size, ascii_only))
+    if plan.map.is_cyclic:
+        console.print(f"Recipe {recipe_name(recipe(sharing))}.")
     console.print(draw.passes_text(plan))
     console.print(draw.cost_table(shape, plan))
+    if plan.map.is_cyclic:
+        console.print(draw.recipe_table(shape, plan.map))
     console.print(
         f"Shape: hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}, "
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} KV heads, "

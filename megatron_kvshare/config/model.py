@@ -120,10 +120,39 @@ class SharingConfig:
     a sliding window, as in 0_1s_1s_3."""
     window_size: Count | None = None
     """Sliding-window width in tokens for the layers marked s; the token itself counts."""
-    kv_forward_passes: Index = 7
-    """Passes without gradient over each cyclic group (m)."""
-    kv_backward_passes: Count = 2
-    """Passes with gradient over each cyclic group (b)."""
+    kv_recipe: Literal["paper", "fast", "cheapest"] | None = None
+    """How cyclic maps are computed, by name: paper is jacobi(7,2), fast strided(4;1,1) with
+    projection at use, cheapest strided(4;0,1) from input; the flags below change single parts of
+    it. Left out: paper, changed by the flags below."""
+    kv_solver: Literal["jacobi", "strided"] | None = None
+    """jacobi: every token reads the pass before; strided: a pass visits interleaved token subsets
+    one after another, and each reads what the earlier ones have refreshed."""
+    kv_stride: Count | None = None
+    """strided: number of token subsets; left out: 4."""
+    kv_forward_passes: Index | None = None
+    """Passes without gradient over each cyclic group (m); left out: the recipe's."""
+    kv_backward_passes: Count | None = None
+    """Passes with gradient over each cyclic group (b); left out: the recipe's."""
+    kv_start: Literal["zero", "input", "self"] | None = None
+    """What the first pass reads: nothing (zero), the target's K and V projections of the group's
+    input (input), or those of every layer's own input in one more parallel pass (self)."""
+    kv_project_at_use: bool = False
+    """Carry the target's input, not its K and V, out of the passes without gradient, and project
+    it with gradient where it is read."""
+    kv_tolerance: Positive | None = None
+    """Evaluation: repeat passes without gradient until the shared KV move by at most this
+    (relative); left out: as many passes as in training."""
+    kv_min_passes: Index = 1
+    """With --kv-tolerance: at least this many passes without gradient."""
+    kv_max_passes: Count = 16
+    """With --kv-tolerance: at most this many passes without gradient."""
+    kv_tolerance_in_training: bool = False
+    """Use --kv-tolerance in training too."""
+    kv_gap_iters: Index = 1
+    """Global batches of every evaluation that are also evaluated exactly, as decoding computes
+    them; the difference of the losses is logged. 0 turns it off."""
+    kv_gap_warning: Positive = 0.01
+    """Warn when exact and iterated loss differ by more than this."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)

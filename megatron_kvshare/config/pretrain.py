@@ -16,6 +16,11 @@ from megatron_kvshare.config.rules_model import (
     sharing_map,
 )
 from megatron_kvshare.config.rules_run import RUN_RULES, world_size_faults
+from megatron_kvshare.config.rules_solver import (
+    SOLVER_RULES,
+    recipe_warnings,
+    subsets_fit_sequence_parallel,
+)
 from megatron_kvshare.config.schema import PretrainConfig
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.sharing import patterns
@@ -75,7 +80,15 @@ def parse_pretrain(argv: Sequence[str], environ: Mapping[str, str] = os.environ)
         prog="kvshare pretrain",
         description=_DESCRIPTION,
         examples=_EXAMPLES,
-        rules=(*MODEL_RULES, *SHARING_RULES, *PARALLEL_RULES, *RUN_RULES, processes),
+        rules=(
+            *MODEL_RULES,
+            *SHARING_RULES,
+            *SOLVER_RULES,
+            *PARALLEL_RULES,
+            subsets_fit_sequence_parallel,
+            *RUN_RULES,
+            processes,
+        ),
         megatron=MEGATRON_FLAGS,
     )
     return parse(PretrainConfig, argv, command)
@@ -107,6 +120,7 @@ def pretrain_warnings(config: PretrainConfig) -> list[str]:
     found = list(
         patterns.warnings(sharing_map(config.model, config.sharing), config.sharing.window_size)
     )
+    found += recipe_warnings(config)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         found.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")
     if train.lr_wsd_decay_iters is not None and train.lr_decay_style != "WSD":

@@ -5,7 +5,17 @@ from __future__ import annotations
 from megatron_kvshare.config.model import ModelConfig, SharingConfig
 from megatron_kvshare.config.rules_model import sharing_map
 from megatron_kvshare.sharing.cost import ModelShape
-from megatron_kvshare.sharing.plan import ExecutionPlan, jacobi_plan
+from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.solver import (
+    RECIPES,
+    Recipe,
+    Solver,
+    Start,
+    Tolerance,
+    solver_plan,
+)
+
+_USUAL_STRIDE = {Solver.JACOBI: 1, Solver.STRIDED: 4}
 
 
 def model_shape(model: ModelConfig, vocab_size: int, window_size: int | None = None) -> ModelShape:
@@ -24,7 +34,36 @@ def model_shape(model: ModelConfig, vocab_size: int, window_size: int | None = N
     )
 
 
+def recipe(sharing: SharingConfig) -> Recipe:
+    """How cyclic groups are computed. Raises :class:`MapError`."""
+    named = RECIPES[sharing.kv_recipe or "paper"]
+    solver = Solver(sharing.kv_solver or named.solver)
+    usual = named.stride if solver is named.solver else _USUAL_STRIDE[solver]
+    forward, backward = sharing.kv_forward_passes, sharing.kv_backward_passes
+    return Recipe(
+        solver=solver,
+        stride=usual if sharing.kv_stride is None else sharing.kv_stride,
+        forward_passes=named.forward_passes if forward is None else forward,
+        backward_passes=named.backward_passes if backward is None else backward,
+        start=Start(sharing.kv_start or named.start),
+        project_at_use=sharing.kv_project_at_use or named.project_at_use,
+    )
+
+
 def execution_plan(model: ModelConfig, sharing: SharingConfig) -> ExecutionPlan:
-    """The passes that the settings ask for. Raises :class:`MapError`."""
-    sweeps = (sharing.kv_forward_passes, sharing.kv_backward_passes)
-    return jacobi_plan(sharing_map(model, sharing), *sweeps)
+    """The passes of training that the settings ask for. Raises :class:`MapError`."""
+    tolerance = _tolerance(sharing) if sharing.kv_tolerance_in_training else None
+    return solver_plan(sharing_map(model, sharing), recipe(sharing), tolerance)
+
+
+def evaluation_plan(model: ModelConfig, sharing: SharingConfig) -> ExecutionPlan:
+    """The passes of an evaluation: those of training, or as many as ``--kv-tolerance`` needs."""
+    return solver_plan(sharing_map(model, sharing), recipe(sharing), _tolerance(sharing))
+
+
+def _tolerance(sharing: SharingConfig) -> Tolerance | None:
+    if sharing.kv_tolerance is None:
+        return None
+    return Tolerance(
+        residual=sharing.kv_tolerance, least=sharing.kv_min_passes, most=sharing.kv_max_passes
+    )

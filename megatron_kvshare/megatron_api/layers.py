@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_kvshare.megatron_api.linear import local_linear
+from megatron_kvshare.megatron_api.linear import ALL_ROWS, local_linear
 
 __all__ = [
     "ColumnParallel",
@@ -72,17 +72,19 @@ class ColumnParallel(ColumnParallelLinear):
         if own_weight:
             _mark_split(self.weight, dim=0)
 
-    def forward(self, x: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        """``[s, b, input] -> [s, b, local rows]``, of the rows from ``first_row`` on."""
-        return self.project(x, self.weight, first_row)
+    def forward(self, x: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
+        """``[s, b, input] -> [s, b, local rows]``, of some local ``rows``."""
+        return self.project(x, self.weight, rows)
 
-    def project(self, x: torch.Tensor, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+    def project(
+        self, x: torch.Tensor, weight: torch.Tensor, rows: slice = ALL_ROWS
+    ) -> torch.Tensor:
         """The same with a given local ``weight`` (this layer's, or a tied one)."""
         if self.tp_group.size() == 1:
-            return local_linear(x, weight, first_row)
+            return local_linear(x, weight, rows)
         return linear_with_grad_accumulation_and_async_allreduce(
             input=x,
-            weight=weight[first_row:] if first_row else weight,
+            weight=weight if rows == ALL_ROWS else weight[rows],
             bias=None,
             gradient_accumulation_fusion=False,
             allreduce_dgrad=self.allreduce_dgrad,

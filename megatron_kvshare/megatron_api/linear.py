@@ -23,12 +23,15 @@ def accumulate_in_place(model: torch.nn.Module) -> None:
         parameter.adds_in_place = parameter.dtype == parameter.main_grad.dtype
 
 
-def local_linear(x: torch.Tensor, weight: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-    """``x [.., in] -> [.., rows]`` with the rows of ``weight [out, in]`` from ``first_row`` on."""
-    rows = weight[first_row:] if first_row else weight
+ALL_ROWS = slice(None)
+
+
+def local_linear(x: torch.Tensor, weight: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
+    """``x [.., in] -> [.., rows]`` with some ``rows`` of ``weight [out, in]``."""
+    part = weight if rows == ALL_ROWS else weight[rows]
     if torch.is_grad_enabled() and getattr(weight, "adds_in_place", False):
-        return _LinearIntoBuffer.apply(x, rows, weight.main_grad[first_row:])
-    return F.linear(x, rows)
+        return _LinearIntoBuffer.apply(x, part, weight.main_grad[rows])
+    return F.linear(x, part)
 
 
 class _LinearIntoBuffer(torch.autograd.Function):

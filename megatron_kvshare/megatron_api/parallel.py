@@ -32,6 +32,10 @@ class ParallelState:
         """True on the one rank that prints and writes for the whole job."""
         return self.rank == 0
 
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum ``tensor`` over the ranks of one forward, in place: all tensor- and data-parallel."""
+        return all_reduce_(all_reduce_(tensor, self.tp_group), self.dp_group)
+
 
 def launched_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun announces them; (0, 1, 0) without a launcher."""

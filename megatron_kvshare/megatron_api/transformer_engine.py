@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_kvshare.megatron_api.linear import ALL_ROWS
+
 
 class TransformerEngineLayers(NamedTuple):
     column: Any
@@ -36,8 +38,8 @@ def load_layers() -> TransformerEngineLayers:
                 **common,
             )
 
-        def forward(self, x: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-            return super().forward(x)[0][..., first_row:]
+        def forward(self, x: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
+            return super().forward(x)[0][..., rows]
 
     class Row(te.TERowParallelLinear):
         def __init__(self, input_size: int, output_size: int, config: TransformerConfig) -> None:

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_kvshare.megatron_api.layers import TransformerConfig, gather_last_dim
-from megatron_kvshare.model.context import SequenceContext
+from megatron_kvshare.model.context import Readable, VisitContext
 from megatron_kvshare.model.core_attention import attend
 from megatron_kvshare.model.heads import HeadLayout
-from megatron_kvshare.model.kv import KV
+from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.rotary import Heads, split_heads
 from megatron_kvshare.model.specs import LayerSpec
 
@@ -47,21 +47,30 @@ class SharedKVAttention(nn.Module):
         )
 
     def forward(
-        self, x: torch.Tensor, context: SequenceContext, source: KV | None
+        self, x: torch.Tensor, context: VisitContext, source: Readable | KVBlocks
     ) -> tuple[torch.Tensor, KV | None]:
-        """``[s, b, h]`` and the producer's KV (None for a producer) -> ``[s, b, h]``, own KV."""
-        query, own = self._heads_of(self.linear_qkv(x), context)
-        source = source if own is None else own
-        assert source is not None, f"layer {self.layer} was given no keys and values"
-        attended = self.attend(query, source, context.visibility(self.layer))
-        return self.linear_proj(attended), own
+        """``[s, b, h]`` and the KV to read -> ``[s, b, h]``, own KV.
 
-    def key_values(self, x: torch.Tensor, context: SequenceContext) -> KV:
+        A producer gets what is known of its KV so far and puts its own into it.
+        """
+        query, own = self._heads_of(self.linear_qkv(x), context)
+        if own is not None:
+            source = context.readable(self.layer, source.with_block(context.offset, own))
+        return self.linear_proj(self.attend(query, *source)), own
+
+    def read_own(self, x: torch.Tensor, context: VisitContext, own: KVBlocks) -> torch.Tensor:
+        """A producer whose keys and values are there already: queries and attention alone."""
+        projected = self.linear_qkv(x, slice(0, self.heads.local_query_width))
+        query = self._query_of(projected, context)
+        return self.linear_proj(self.attend(query, *context.readable(self.layer, own)))
+
+    def key_values(self, x: torch.Tensor, context: VisitContext) -> KV:
         """The producer's keys and values alone, from ``[s, b, h]``."""
-        return self._kv_of(self.linear_qkv(x, self.heads.local_query_width), context)
+        rows = slice(self.heads.local_query_width, None)
+        return self._kv_of(self.linear_qkv(x, rows), context)
 
     def _heads_of(
-        self, projected: torch.Tensor, context: SequenceContext
+        self, projected: torch.Tensor, context: VisitContext
     ) -> tuple[torch.Tensor, KV | None]:
         """Rotated query heads and, for a producer, the KV heads they read."""
         heads, queries = self.heads, Heads(self.heads.local_query_heads, rotated=True)
@@ -74,10 +83,13 @@ class SharedKVAttention(nn.Module):
             widths = (heads.local_query_width, 2 * heads.local_kv_width)
             projected, key_values = projected.split(widths, dim=-1)
             own = self._kv_of(key_values, context)
-        (query,) = split_heads(projected, heads.head_dim, (queries,), context.rotary)
-        return query, own
+        return self._query_of(projected, context), own
 
-    def _kv_of(self, key_values: torch.Tensor, context: SequenceContext) -> KV:
+    def _query_of(self, projected: torch.Tensor, context: VisitContext) -> torch.Tensor:
+        queries = (Heads(self.heads.local_query_heads, rotated=True),)
+        return split_heads(projected, self.heads.head_dim, queries, context.rotary)[0]
+
+    def _kv_of(self, key_values: torch.Tensor, context: VisitContext) -> KV:
         """This rank's key and value columns -> the KV heads its queries read, keys rotated."""
         heads = self.heads
         if heads.kv_heads_are_split:

@@ -1,39 +1,39 @@
-"""The stack of layers (L3): routes keys and values by the map, runs the passes of a plan.
+"""The stack of layers (L3): routes keys and values by the map, runs the sweeps of a plan.
 
 The plan (:mod:`megatron_kvshare.sharing.plan`) is data and decides everything: which layers run,
-how often, how much of them, and under which passes gradients are kept. Source: arXiv 2410.14442,
-section 3.3.
+how often, how much of them, for which tokens, and under which sweeps gradients are kept. Source:
+arXiv 2410.14442, section 3.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.megatron_api.layers import TransformerConfig
-from megatron_kvshare.model.context import SequenceContext
+from megatron_kvshare.model.context import SequenceContexts
 from megatron_kvshare.model.heads import HeadLayout
-from megatron_kvshare.model.kv import KV, KVBundle, residual
+from megatron_kvshare.model.kv import KV, KVBlocks, KVState, relative_change, residual
 from megatron_kvshare.model.layer import KVShareLayer
 from megatron_kvshare.model.specs import layer_spec
-from megatron_kvshare.sharing.plan import ExecutionPlan, LayerStep, Segment, StepMode, Sweep
+from megatron_kvshare.model.sweep import RecomputePolicy, SweepOutput, SweepRunner
+from megatron_kvshare.model.tokens import join_tokens, split_tokens
+from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.plan import Carry, ExecutionPlan, Segment, Sweep
 
-
-class SweepOutput(NamedTuple):
-    """Hidden states ``[s, b, h]`` after the last full layer, and the KV of the producers that
-    ran."""
-
-    hidden: torch.Tensor
-    produced: KVBundle
+SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
+"""Adds a tensor over all ranks that run this forward together."""
 
 
 class BlockOutput(NamedTuple):
-    """``residuals``: one row per cyclic group, see :func:`megatron_kvshare.model.kv.residual`."""
+    """``residuals``: one row per sweep of each cyclic group, see
+    :func:`megatron_kvshare.model.kv.residual`: ``[groups, most sweeps, 2]``, 0 for a sweep that
+    did not run."""
 
     hidden: torch.Tensor
     residuals: torch.Tensor | None
@@ -44,129 +44,132 @@ class SharedKVBlock(nn.Module):
 
     def __init__(
         self,
-        plan: ExecutionPlan,
+        sharing: SharingMap,
         heads: HeadLayout,
         model: ModelConfig,
         config: TransformerConfig,
+        sum_over_ranks: SumOverRanks,
     ) -> None:
         super().__init__()
-        self.plan = plan
+        self.sharing = sharing
         self.heads = heads
         self.layers = nn.ModuleList(
-            KVShareLayer(layer, plan.map.is_producer(layer), heads, model, config)
-            for layer in range(plan.map.num_layers)
+            KVShareLayer(layer, sharing.is_producer(layer), heads, model, config)
+            for layer in range(sharing.num_layers)
         )
         self.final_layernorm = layer_spec(model.transformer_impl).norm(
             config.hidden_size, model.norm_epsilon, config.params_dtype, config.sequence_parallel
         )
         self.recompute = RecomputePolicy.of(model)
+        self.sum_over_ranks = sum_over_ranks
 
     def forward(
-        self, hidden: torch.Tensor, context: SequenceContext, measure_residual: bool = False
+        self,
+        hidden: torch.Tensor,
+        contexts: SequenceContexts,
+        plan: ExecutionPlan,
+        measure_residual: bool = False,
     ) -> BlockOutput:
-        """``[s, b, h]`` embeddings -> normed ``[s, b, h]``."""
+        """``[s, b, h]`` embeddings -> normed ``[s, b, h]``, by a plan of this block's map."""
+        assert plan.map == self.sharing, "the plan is for another map"
+        runner = SweepRunner(self.layers, self.sharing, self.heads, self.recompute)
         shared: dict[int, KV] = {}
         residuals = []
-        for segment in self.plan.segments:
-            hidden, produced, before = self._run_segment(segment, hidden, shared, context)
+        for segment in plan.segments:
+            run = _SegmentRun(segment, hidden, shared, contexts, runner)
+            rows = run.all_sweeps(measure_residual, self.sum_over_ranks)
+            hidden = run.output.hidden
+            shared.update(run.leaving())
             if measure_residual and segment.is_cyclic:
-                residuals.append(residual(produced, before, segment.targets))
-            shared.update(produced)
-        measured = torch.stack(residuals) if residuals else None
+                residuals.append(torch.stack(rows))
+        measured = None
+        if residuals:
+            measured = nn.utils.rnn.pad_sequence(residuals, batch_first=True)
         return BlockOutput(self.final_layernorm(hidden), measured)
 
-    def _run_segment(
-        self, segment: Segment, hidden: torch.Tensor, shared: KVBundle, context: SequenceContext
-    ) -> tuple[torch.Tensor, KVBundle, KVBundle]:
-        """All sweeps, each from the same input; the last sweep's output and the two last KV
-        bundles."""
-        before: KVBundle = {}
-        output = SweepOutput(hidden, {})
-        for sweep in segment.sweeps:
-            before = output.produced
-            with torch.set_grad_enabled(sweep.gradient and torch.is_grad_enabled()):
-                output = self._run_sweep(sweep, hidden, shared, before, context)
-        return *output, before
 
-    def _run_sweep(
+class _SegmentRun:
+    """One segment of one forward: its sweeps one after another, each from the same input."""
+
+    def __init__(
         self,
-        sweep: Sweep,
+        segment: Segment,
         hidden: torch.Tensor,
-        shared: KVBundle,
-        before: KVBundle,
-        context: SequenceContext,
-    ) -> SweepOutput:
-        """One pass. ``shared``: KV from below the segment; ``before``: KV of the previous pass."""
-        produced: dict[int, KV] = {}
+        shared: Mapping[int, KV],
+        contexts: SequenceContexts,
+        runner: SweepRunner,
+    ) -> None:
+        self.segment = segment
+        self.input = hidden
+        self.shared = shared
+        self.contexts = contexts
+        self.runner = runner
+        self.output = SweepOutput(hidden, {}, {})
 
-        def run(steps: tuple[LayerStep, ...], hidden: torch.Tensor) -> SweepOutput:
-            fresh: dict[int, KV] = {}
-            for step in steps:
-                source = self._source(step, {**shared, **produced, **fresh}, before)
-                if source is None and self._reads_nothing_yet(step):
-                    source = self._zero_kv(hidden, context)
-                hidden, own = self._run_step(step, hidden, source, context)
-                if own is not None:
-                    fresh[step.layer] = own
-            return SweepOutput(hidden, fresh)
+    def all_sweeps(self, measure: bool, sum_over_ranks: SumOverRanks) -> list[torch.Tensor]:
+        """Run what the plan asks for; returns the residual of every sweep, if any is needed."""
+        measure = measure and self.segment.is_cyclic
+        decide = any(sweep.skip_below is not None for sweep in self.segment.sweeps)
+        rows, moved = [], math.inf
+        for sweep in self.segment.sweeps:
+            if sweep.skip_below is not None and moved <= sweep.skip_below:
+                rows.append(torch.zeros(2, dtype=torch.float64, device=self.input.device))
+                continue
+            with torch.set_grad_enabled(sweep.gradient and torch.is_grad_enabled()):
+                carried = self._carried(sweep)
+                self.output = self._run(sweep, carried)
+            if measure or (decide and not sweep.last):
+                rows.append(residual(self.output.kv, carried, self.segment.targets))
+                if decide and not sweep.last:
+                    moved = relative_change(sum_over_ranks(rows[-1].clone()))
+        return rows
 
-        for steps, recomputed in self.recompute.chunks(sweep.steps):
-            if recomputed and torch.is_grad_enabled():
-                output = checkpoint(
-                    run, steps, hidden, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                output = run(steps, hidden)
-            hidden = output.hidden
-            produced.update(output.produced)
-        return SweepOutput(hidden, produced)
+    def leaving(self) -> dict[int, KV]:
+        """Keys and values that layers above the segment read."""
+        sharing, last = self.runner.sharing, self.segment.last
+        return {
+            layer: blocks.whole()
+            for layer, blocks in self.output.kv.items()
+            if any(reader > last for reader in sharing.consumers_of(layer))
+        }
 
-    def _source(self, step: LayerStep, now: KVBundle, before: KVBundle) -> KV | None:
-        """The KV a consumer reads: an upward layer's comes from the previous pass."""
-        sharing, layer = self.plan.map, step.layer
-        if sharing.is_producer(layer) or step.mode is not StepMode.FULL:
-            return None
-        return (before if sharing.is_upward(layer) else now).get(sharing.sources[layer])
+    def _run(self, sweep: Sweep, carried: KVState) -> SweepOutput:
+        mine, every = self.input.shape[0], self.contexts.whole.num_tokens
+        assert mine == every or mine % sweep.stride == 0, "a rank's tokens are no whole subsets"
+        outside = {layer: KVBlocks.of(kv, sweep.stride) for layer, kv in self._outside().items()}
+        parts = split_tokens(self.input, sweep.stride)
+        return self.runner.run(sweep, parts, outside, carried, self.contexts)
 
-    def _reads_nothing_yet(self, step: LayerStep) -> bool:
-        """An upward layer of the first pass in a plan that does not skip its attention."""
-        return step.mode is StepMode.FULL and self.plan.map.is_upward(step.layer)
+    def _outside(self) -> dict[int, KV]:
+        """What layers of this segment read from below it."""
+        first, last = self.segment.first, self.segment.last
+        read = set(self.runner.sharing.sources[first : last + 1])
+        return {layer: kv for layer, kv in self.shared.items() if layer in read}
 
-    def _zero_kv(self, hidden: torch.Tensor, context: SequenceContext) -> KV:
-        shape = (context.rotary.cos.shape[-2], hidden.shape[1], self.heads.local_kv_heads)
-        return KV(*hidden.new_zeros(2, *shape, self.heads.head_dim).unbind())
+    def _carried(self, sweep: Sweep) -> KVState:
+        """Keys and values that are there before the first visit of ``sweep``."""
+        match sweep.carry:
+            case Carry.NOTHING:
+                return {}
+            case Carry.KV:
+                kv = self.output.kv
+                return {layer: blocks.with_stride(sweep.stride) for layer, blocks in kv.items()}
+            case Carry.GROUP_INPUT:
+                parts = split_tokens(self.input, sweep.stride)
+                inputs = {layer: parts for layer in sweep.carried}
+            case Carry.PROJECTED:
+                inputs = {
+                    layer: _detached(self.output.inputs[layer], sweep.stride)
+                    for layer in sweep.carried
+                }
+        return {
+            layer: self.runner.projected(layer, parts, self.contexts)
+            for layer, parts in inputs.items()
+        }
 
-    def _run_step(
-        self, step: LayerStep, hidden: torch.Tensor, source: KV | None, context: SequenceContext
-    ) -> tuple[torch.Tensor, KV | None]:
-        layer = self.layers[step.layer]
-        if step.mode is StepMode.KV_ONLY:
-            return hidden, layer.key_values(hidden, context)
-        if step.mode is StepMode.NO_ATTENTION:
-            # As a node of its own, so that backward adds gradients in the order of a full layer.
-            return layer.feed_forward(hidden.view_as(hidden)), None
-        return layer(hidden, context, source)
 
-
-class RecomputePolicy(NamedTuple):
-    """Which layers are recomputed in backward (``--recompute-granularity full``), in which
-    chunks."""
-
-    layers_per_chunk: int
-    recomputed_layers: int
-
-    @classmethod
-    def of(cls, model: ModelConfig) -> RecomputePolicy:
-        if model.recompute_granularity != "full":
-            return cls(model.num_layers, 0)
-        if model.recompute_method == "block":
-            return cls(1, model.recompute_num_layers or model.num_layers)
-        return cls(model.recompute_num_layers or 1, model.num_layers)
-
-    def chunks(self, steps: tuple[LayerStep, ...]) -> Iterator[tuple[tuple[LayerStep, ...], bool]]:
-        """Consecutive steps that run as one unit, and whether that unit is recomputed."""
-        inside = [step for step in steps if step.layer < self.recomputed_layers]
-        for start in range(0, len(inside), self.layers_per_chunk):
-            yield tuple(inside[start : start + self.layers_per_chunk]), True
-        if len(inside) < len(steps):
-            yield steps[len(inside) :], False
+def _detached(parts: tuple[torch.Tensor, ...], stride: int) -> tuple[torch.Tensor, ...]:
+    same = len(parts) == stride
+    return tuple(
+        part.detach() for part in (parts if same else split_tokens(join_tokens(parts), stride))
+    )

@@ -7,26 +7,43 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_kvshare.model.kv import KV
+from megatron_kvshare.model.block_attention import attend_blocks
+from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.visibility import Visibility
 
 
-def attend(query: torch.Tensor, kv: KV, visible: Visibility) -> torch.Tensor:
+def attend(query: torch.Tensor, source: KV | KVBlocks, visible: Visibility) -> torch.Tensor:
     """``[q, b, n, d]`` queries over ``[s, b, g, d]`` keys and values -> ``[q, b, n * d]``.
 
     The causal and the strictly causal case run without a mask. The strict one (method: a token of
     an upward layer sees earlier tokens only) is the causal kernel on queries 1.. and keys ..s-2,
-    and 0 for token 0.
+    and 0 for token 0. Of a token subset likewise, for each block of keys.
     """
-    heads_first = [x.permute(1, 2, 0, 3) for x in (query, *kv)]
-    if visible.mask is not None:
-        out = _masked(*heads_first, visible)
-    elif visible.strict:
-        q, k, v = heads_first
-        out = F.pad(_causal(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]), (0, 0, 1, 0))
+    if isinstance(source, KVBlocks):
+        out = _over_blocks(query, source, visible)
     else:
-        out = _causal(*heads_first)
+        out = _over_all(*(_heads_first(x) for x in (query, *source)), visible)
     return _MergeHeads.apply(out)
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(1, 2, 0, 3)
+
+
+def _over_all(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility
+) -> torch.Tensor:
+    if visible.mask is not None:
+        return _masked(q, k, v, visible)
+    if visible.strict:
+        return F.pad(_causal(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]), (0, 0, 1, 0))
+    return _causal(q, k, v)
+
+
+def _over_blocks(query: torch.Tensor, source: KVBlocks, visible: Visibility) -> torch.Tensor:
+    keys = tuple(_heads_first(block.key) for block in source.known)
+    values = tuple(_heads_first(block.value) for block in source.known)
+    return attend_blocks(_heads_first(query), keys, values, visible.offset, visible.strict)
 
 
 class _MergeHeads(torch.autograd.Function):
@@ -59,8 +76,10 @@ def _one_head_per_query(
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility) -> torch.Tensor:
-    k, v = _one_head_per_query(q, k, v)  # the masked GPU kernels take no grouped heads
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask)
+    if q.is_cuda or not visible.grouped:
+        k, v = _one_head_per_query(q, k, v)  # the masked GPU kernels take no grouped heads
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask, enable_gqa=grouped)
     if visible.blind is None:
         return out
     return out.masked_fill(visible.blind[:, None, :, None], 0.0)

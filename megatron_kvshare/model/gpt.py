@@ -17,7 +17,7 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.megatron_api.platform import cpu_mode
 from megatron_kvshare.megatron_api.transformer_config import transformer_config
 from megatron_kvshare.model.block import SharedKVBlock
-from megatron_kvshare.model.context import sequence_context
+from megatron_kvshare.model.context import sequence_contexts
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.model.visibility import SequenceLayout
 from megatron_kvshare.sharing.plan import ExecutionPlan
@@ -26,7 +26,7 @@ from megatron_kvshare.sharing.plan import ExecutionPlan
 class ModelOutput(NamedTuple):
     """``value``: fp32 loss per token ``[b, s]``, or logits ``[b, s, vocab / tp]`` without labels.
 
-    ``residuals``: this rank's fp64 sums ``[groups, 2]`` of
+    ``residuals``: this rank's fp64 sums ``[groups, sweeps, 2]`` of
     :func:`megatron_kvshare.model.kv.residual`, or None.
     """
 
@@ -63,7 +63,9 @@ class KVShareGPT(nn.Module):
         tied = not model.untie_embeddings_and_output_weights
         with cpu_mode(), device:
             self.embedding = VocabEmbedding(padded, model.hidden_size, self.config)
-            self.decoder = SharedKVBlock(plan, self.heads, model, self.config)
+            self.decoder = SharedKVBlock(
+                plan.map, self.heads, model, self.config, state.sum_over_ranks
+            )
             self.output_layer = ColumnParallel(
                 model.hidden_size, padded, self.config, own_weight=not tied
             )
@@ -77,18 +79,19 @@ class KVShareGPT(nn.Module):
         position_ids: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         measure_residual: bool = False,
+        plan: ExecutionPlan | None = None,
     ) -> ModelOutput:
         """Tokens, labels, positions and documents are ``[b, s]`` integers.
 
         ``position_ids`` None means 0..s-1. Tokens of different ``document_ids`` do not see each
-        other.
+        other. ``plan``: another plan of the same map than the model's own.
         """
         hidden = self.embedding(token_ids)
         layout = SequenceLayout(token_ids.shape[1], token_ids.device, document_ids)
-        context = sequence_context(
+        contexts = sequence_contexts(
             self.model_config, self.plan.map, self.window_size, layout, position_ids, hidden.dtype
         )
-        output = self.decoder(hidden, context, measure_residual)
+        output = self.decoder(hidden, contexts, plan or self.plan, measure_residual)
         logits = self._logits(output.hidden)
         if labels is None:
             return ModelOutput(logits.transpose(0, 1).contiguous().float(), output.residuals)

@@ -8,9 +8,9 @@ from torch import nn
 from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.megatron_api.layers import TransformerConfig
 from megatron_kvshare.model.attention import SharedKVAttention
-from megatron_kvshare.model.context import SequenceContext
+from megatron_kvshare.model.context import Readable, VisitContext
 from megatron_kvshare.model.heads import HeadLayout
-from megatron_kvshare.model.kv import KV
+from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.mlp import SwiGLU
 from megatron_kvshare.model.specs import layer_spec
 
@@ -43,10 +43,9 @@ class KVShareLayer(nn.Module):
         self.mlp = SwiGLU(spec, config)
 
     def forward(
-        self, hidden: torch.Tensor, context: SequenceContext, source: KV | None
+        self, hidden: torch.Tensor, context: VisitContext, source: Readable | KVBlocks
     ) -> tuple[torch.Tensor, KV | None]:
-        """Hidden states and the shared KV this layer reads -> hidden states and the KV it
-        produces."""
+        """Hidden states and the KV to read -> hidden states and the KV this layer produces."""
         attended, own = self.self_attention(self.input_layernorm(hidden), context, source)
         return self.feed_forward(hidden + attended), own
 
@@ -54,6 +53,11 @@ class KVShareLayer(nn.Module):
         """The layer without attention: what it does while there is nothing to attend to."""
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
-    def key_values(self, hidden: torch.Tensor, context: SequenceContext) -> KV:
+    def key_values(self, hidden: torch.Tensor, context: VisitContext) -> KV:
         """The layer's keys and values alone: what a pass needs of its top layer."""
         return self.self_attention.key_values(self.input_layernorm(hidden), context)
+
+    def read_own(self, hidden: torch.Tensor, context: VisitContext, own: KVBlocks) -> torch.Tensor:
+        """The rest of the layer, when its keys and values are there already."""
+        attended = self.self_attention.read_own(self.input_layernorm(hidden), context, own)
+        return self.feed_forward(hidden + attended)

@@ -10,10 +10,21 @@ needed; they are counted all the same, because fused attention kernels compute t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.plan import ExecutionPlan, LayerStep, StepMode, jacobi_plan
+from megatron_kvshare.sharing.plan import (
+    Carry,
+    ExecutionPlan,
+    LayerStep,
+    Segment,
+    StepMode,
+    Sweep,
+    Visit,
+)
+from megatron_kvshare.sharing.solver import jacobi_plan
 
 KV_BYTES_PER_ELEMENT = 2  # a cache is kept in 16 bit
 _FLOPS_PER_MAC = 2
@@ -52,7 +63,10 @@ class Costs:
     """Costs of a map, and of the standard map of the same shape where a ratio says so.
 
     ``train_factor`` and ``prefill_factor`` count whole layer-forwards over a standard stack (no
-    skipping, backward = two forwards), as the published formulas do.
+    skipping, backward = two forwards), as the published formulas do; ``train_work`` and
+    ``prefill_work`` leave out the layers of which a sweep only needs keys and values.
+    ``sequential_depth``: layers that run one after another in a prefill, over a standard stack.
+    Where the number of sweeps is found while running, all costs are those of the most sweeps.
     """
 
     parameters: int
@@ -60,6 +74,9 @@ class Costs:
     kv_reduction: float
     train_factor: float
     prefill_factor: float
+    train_work: float
+    prefill_work: float
+    sequential_depth: float
     train_flops_per_token: float
     train_flops_ratio: float
     prefill_flops: float
@@ -76,6 +93,9 @@ def costs(shape: ModelShape, plan: ExecutionPlan) -> Costs:
         kv_reduction=plan.map.num_layers / len(plan.map.producers),
         train_factor=train_factor(plan),
         prefill_factor=prefill_factor(plan),
+        train_work=train_work(plan),
+        prefill_work=prefill_work(plan),
+        sequential_depth=sequential_depth(plan),
         train_flops_per_token=train,
         train_flops_ratio=train / train_flops_per_token(shape, standard),
         prefill_flops=prefill,
@@ -141,10 +161,42 @@ def prefill_factor(plan: ExecutionPlan) -> float:
 
 def _layer_forwards(plan: ExecutionPlan, gradient_weight: int) -> int:
     return sum(
-        len(sweep.steps) * (gradient_weight if sweep.gradient else 1)
-        for segment in plan.segments
-        for sweep in segment.sweeps
+        segment.num_layers * (gradient_weight if sweep.gradient else 1)
+        for segment, sweep in _sweeps(plan)
     )
+
+
+def train_work(plan: ExecutionPlan) -> float:
+    """As :func:`train_factor`, without the layers of which only keys and values are wanted."""
+    return _layer_work(plan, gradient_weight=3) / (3 * plan.map.num_layers)
+
+
+def prefill_work(plan: ExecutionPlan) -> float:
+    """As :func:`prefill_factor`, without the layers of which only keys and values are wanted."""
+    return _layer_work(plan, gradient_weight=1) / plan.map.num_layers
+
+
+def _layer_work(plan: ExecutionPlan, gradient_weight: int) -> float:
+    return sum(
+        share * (gradient_weight if sweep.gradient else 1)
+        for _, sweep in _sweeps(plan)
+        for step, share in sweep.weighted_steps
+        if step.mode is not StepMode.KV_ONLY
+    )
+
+
+def sequential_depth(plan: ExecutionPlan) -> float:
+    """Layers one after another over those of a standard stack: every visit waits for the last."""
+    steps = sum(
+        step.mode is not StepMode.KV_ONLY
+        for _, sweep in _sweeps(plan)
+        for step, _ in sweep.weighted_steps
+    )
+    return steps / plan.map.num_layers
+
+
+def _sweeps(plan: ExecutionPlan) -> Iterator[tuple[Segment, Sweep]]:
+    return ((segment, sweep) for segment in plan.segments for sweep in segment.sweeps)
 
 
 def train_flops_per_token(shape: ModelShape, plan: ExecutionPlan) -> float:
@@ -167,25 +219,92 @@ def prefill_flops(shape: ModelShape, plan: ExecutionPlan) -> float:
 
 def _layer_flops(shape: ModelShape, plan: ExecutionPlan, gradient_weight: int) -> float:
     return sum(
-        step_flops(shape, plan.map, step) * (gradient_weight if sweep.gradient else 1)
-        for segment in plan.segments
-        for sweep in segment.sweeps
-        for step in sweep.steps
+        sweep_flops(shape, plan.map, sweep) * (gradient_weight if sweep.gradient else 1)
+        + _carry_flops(shape, sweep, gradient_weight)
+        for _, sweep in _sweeps(plan)
     )
 
 
-def step_flops(shape: ModelShape, map: SharingMap, step: LayerStep) -> float:
-    """Forward FLOPs of one step, per token (mean over a sequence of ``seq_length``)."""
-    hidden = shape.hidden_size
-    keys_and_values = 2 * hidden * shape.kv_width
+def sweep_flops(shape: ModelShape, map: SharingMap, sweep: Sweep) -> float:
+    """Forward FLOPs of one sweep per token, without what it carries in.
+
+    Token subsets count as equally large.
+    """
+    visits = sum(
+        step_flops(shape, map, step, _mean_visible_in_visit(shape, map, step.layer, sweep, visit))
+        for visit in sweep.visits
+        for step in visit.steps
+    )
+    return visits / sweep.stride + sum(step_flops(shape, map, step) for step in sweep.finish)
+
+
+def _carry_flops(shape: ModelShape, sweep: Sweep, gradient_weight: int) -> float:
+    """Keys and values of the carried producers, made before the first visit."""
+    if sweep.carry not in (Carry.GROUP_INPUT, Carry.PROJECTED):
+        return 0
+    weight = gradient_weight if sweep.gradient else 1
+    if sweep.carry is Carry.PROJECTED:  # its input is a constant: backward is one product
+        weight = min(weight, 2)
+    return weight * len(sweep.carried) * _kv_projection_flops(shape)
+
+
+def _kv_projection_flops(shape: ModelShape) -> float:
+    return _FLOPS_PER_MAC * 2 * shape.hidden_size * shape.kv_width
+
+
+def step_flops(
+    shape: ModelShape, map: SharingMap, step: LayerStep, visible: float | None = None
+) -> float:
+    """Forward FLOPs of one step, per token (mean over a sequence of ``seq_length``).
+
+    ``visible``: keys a query sees on average; left out: those of all tokens.
+    """
     if step.mode is StepMode.KV_ONLY:
-        return _FLOPS_PER_MAC * keys_and_values
-    macs: float = 3 * hidden * shape.ffn_hidden_size
-    if step.mode is StepMode.FULL:
-        macs += 2 * hidden * shape.query_width
-        macs += 2 * shape.query_width * mean_visible_tokens(shape, map, step.layer)
-        macs += keys_and_values if map.is_producer(step.layer) else 0
-    return _FLOPS_PER_MAC * macs
+        return _kv_projection_flops(shape)
+    flops: float = _FLOPS_PER_MAC * 3 * shape.hidden_size * shape.ffn_hidden_size
+    if step.mode is StepMode.NO_ATTENTION:
+        return flops
+    keys = mean_visible_tokens(shape, map, step.layer) if visible is None else visible
+    flops += _FLOPS_PER_MAC * 2 * shape.query_width * (shape.hidden_size + keys)
+    projects = step.mode is StepMode.OWN_INPUT or (
+        step.mode is StepMode.FULL and map.is_producer(step.layer)
+    )
+    return flops + (_kv_projection_flops(shape) if projects else 0)
+
+
+def _mean_visible_in_visit(
+    shape: ModelShape, map: SharingMap, layer: int, sweep: Sweep, visit: Visit
+) -> float:
+    """Mean over the queries of a visit; before the first sweep is through, some keys are not there.
+
+    Where all are there, the mean over all tokens stands for each visit: the sum is the same.
+    """
+    own = sweep.visits[0].steps  # layers below the group are there from the start
+    outside = not any(step.layer == map.sources[layer] for step in own)
+    if sweep.carry is not Carry.NOTHING or sweep.stride == 1 or outside:
+        return mean_visible_tokens(shape, map, layer)
+    known = visit.offset + (0 if map.is_upward(layer) else 1)
+    window = shape.window_size if map.windowed[layer] else None
+    pairs = _visible_pairs(
+        shape.seq_length, window, map.is_upward(layer), sweep.stride, visit.offset, known
+    )
+    return pairs / len(range(visit.offset, shape.seq_length, sweep.stride) or (0,))
+
+
+@cache
+def _visible_pairs(
+    length: int, window: int | None, strict: bool, stride: int, offset: int, known: int
+) -> int:
+    """Pairs of a query ``t % stride == offset`` and a key it sees with ``u % stride < known``."""
+    pairs = 0
+    for query in range(offset, length, stride):
+        newest = query - 1 if strict else query
+        oldest = 0 if window is None else max(0, query - window + 1)
+        pairs += sum(
+            (newest - residue) // stride - (oldest - 1 - residue) // stride
+            for residue in range(known)
+        )
+    return pairs
 
 
 def mean_visible_tokens(shape: ModelShape, map: SharingMap, layer: int) -> float:

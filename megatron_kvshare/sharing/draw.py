@@ -8,7 +8,8 @@ from rich.table import Table
 from megatron_kvshare.sharing import cost
 from megatron_kvshare.sharing.cost import Costs, ModelShape
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.plan import ExecutionPlan, Segment, StepMode
+from megatron_kvshare.sharing.plan import ExecutionPlan, Segment, StepMode, Sweep
+from megatron_kvshare.sharing.solver import RECIPES, solver_plan
 
 _BRACKET = {"first": "╭", "inside": "│", "last": "╰", "up": "↑", "down": "↓"}
 _BRACKET_ASCII = {"first": "+", "inside": "|", "last": "+", "up": "up", "down": "down"}
@@ -56,13 +57,24 @@ def passes_text(plan: ExecutionPlan) -> str:
     """How the cyclic groups are computed, in a sentence or two."""
     if not plan.groups:
         return "No layer reads a higher one: every layer runs once, as in a standard model."
-    sweeps = plan.groups[0].sweeps
-    gradient = sum(sweep.gradient for sweep in sweeps)
     spans = ", ".join(f"{segment.first}-{segment.last}" for segment in plan.groups)
     which = f"{len(plan.groups)} cyclic groups" if len(plan.groups) > 1 else "1 cyclic group"
+    sweeps = plan.groups[0].sweeps
+    gradient = sum(sweep.gradient for sweep in sweeps)
+    count = len(sweeps) - gradient
+    without = f"{count} pass{'es' * (count != 1)} without gradient, then {gradient} with"
+    limits = [sweep.skip_below for sweep in sweeps if sweep.skip_below is not None]
+    if limits:
+        without = f"up to {without}; one is left out at a KV residual of {limits[0]:g}"
+    return f"{which}: layers {spans}. {without}; {_who_reads_what(sweeps[-1])}."
+
+
+def _who_reads_what(sweep: Sweep) -> str:
+    if sweep.stride == 1:
+        return "upward layers read the keys and values of the pass before"
     return (
-        f"{which}: layers {spans}. {len(sweeps) - gradient} passes without gradient, then "
-        f"{gradient} with; upward layers read the keys and values of the pass before."
+        f"each visits the tokens in {sweep.stride} interleaved subsets, one after another, and"
+        " upward layers read the newest keys and values there are"
     )
 
 
@@ -98,6 +110,7 @@ def cost_table(shape: ModelShape, plan: ExecutionPlan) -> Table:
     row(prompt, ours.prefill_flops, base.prefill_flops, "", ours.prefill_flops_ratio)
     table.add_row("training factor, no skipping", "", "", f"{ours.train_factor:.2f}")
     table.add_row("prefill factor, no skipping", "", "", f"{ours.prefill_factor:.2f}")
+    table.add_row("sequential depth of prefill", "", "", f"{ours.sequential_depth:.2f}")
     return table
 
 
@@ -123,13 +136,35 @@ def _bracket(segment: Segment, layer: int, signs: dict[str, str]) -> str:
     return signs["last" if layer == segment.last else "inside"]
 
 
+def recipe_table(shape: ModelShape, map: SharingMap) -> Table:
+    """The named recipes side by side, all over the standard map: training FLOPs, layer-forwards of
+    training, prefill FLOPs, layers one after another in a prefill."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("recipe", "passes"):
+        table.add_column(title, no_wrap=True)
+    for title in ("train FLOPs", "layers", "prefill", "depth"):
+        table.add_column(title, justify="right")
+    for name, recipe in RECIPES.items():
+        its = cost.costs(shape, solver_plan(map, recipe))
+        numbers = (its.train_flops_ratio, its.train_work, its.prefill_flops_ratio)
+        cells = [f"{number:.2f} x" for number in (*numbers, its.sequential_depth)]
+        table.add_row(name, str(recipe), *cells)
+    return table
+
+
 def _runs(segment: Segment, layer: int) -> str:
     """``9 (1 MLP only)``: how often a layer runs, and how often only a part of it."""
-    modes = [sweep.steps[layer - segment.first].mode for sweep in segment.sweeps]
+    modes = [_mode_in(sweep, layer) for sweep in segment.sweeps]
     parts = [
         f"{modes.count(mode)} {text}" for mode, text in _LESS_THAN_FULL.items() if mode in modes
     ]
     return f"{len(modes)} ({', '.join(parts)})" if parts else str(len(modes))
+
+
+def _mode_in(sweep: Sweep, layer: int) -> StepMode:
+    """What a sweep needs of a layer, as the last subset of tokens shows."""
+    steps = (*sweep.finish, *sweep.visits[-1].steps)
+    return next(step.mode for step in steps if step.layer == layer)
 
 
 def _quantity(value: float, unit: str) -> str:

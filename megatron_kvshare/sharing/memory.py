@@ -73,13 +73,16 @@ def _activation_elements(shape: ModelShape, plan: ExecutionPlan, layout: Trainin
     # Per part: what enters its norm, what leaves it, and what the part keeps in between.
     attention = 2 * hidden + 2 * shape.query_width // ranks
     mlp = 2 * hidden + 4 * shape.ffn_hidden_size // ranks  # gate, up, silu(gate), product
-    kept = 0
+    kept = 0.0
     for segment in plan.segments:
-        for step in (s for sweep in segment.sweeps if sweep.gradient for s in sweep.steps):
-            owns_kv = plan.map.is_producer(step.layer)
-            kept += keys_and_values if owns_kv else 0
-            if step.mode is StepMode.KV_ONLY or layout.recompute_full:
-                kept += hidden
-            else:
-                kept += mlp + (attention if step.mode is StepMode.FULL else 0)
-    return kept + (attention + mlp if layout.recompute_full else 0)
+        for sweep in (each for each in segment.sweeps if each.gradient):
+            for step, share in sweep.weighted_steps:
+                makes_kv = step.mode in (StepMode.FULL, StepMode.KV_ONLY)
+                owns_kv = makes_kv and plan.map.is_producer(step.layer)
+                part = keys_and_values if owns_kv else 0
+                if step.mode is StepMode.KV_ONLY or layout.recompute_full:
+                    part += hidden
+                else:
+                    part += mlp + (0 if step.mode is StepMode.NO_ATTENTION else attention)
+                kept += share * part
+    return round(kept) + (attention + mlp if layout.recompute_full else 0)

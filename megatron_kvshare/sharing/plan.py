@@ -1,15 +1,15 @@
 """The execution plan of a sharing map: in which order, and how often, layers run (L1, no torch).
 
-The model executes this data and decides nothing itself; another solver of the cyclic groups is
-another plan.
+The model executes this data and decides nothing itself. :mod:`megatron_kvshare.sharing.solver`
+makes plans.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing.map import SharingMap
 
 
@@ -19,27 +19,68 @@ class StepMode(StrEnum):
     FULL = "full"
     NO_ATTENTION = "no_attention"  # an upward layer that has no KV to read yet: norm and MLP only
     KV_ONLY = "kv_only"  # only the KV of a producer is wanted: norm and K/V projection
+    KV_GIVEN = "kv_given"  # a producer whose KV is there already: queries, attention and MLP
+    OWN_INPUT = "own_input"  # an upward layer reads its target's projection of its own input
+
+
+class Carry(StrEnum):
+    """What a token reads of tokens that the sweep has not visited yet."""
+
+    NOTHING = "nothing"  # no keys at all (first sweep): such tokens are not seen
+    GROUP_INPUT = "group_input"  # the producers' projections of the group's input (first sweep)
+    KV = "kv"  # the keys and values as the sweep before left them
+    PROJECTED = "projected"  # projections, made anew with gradient, of what entered the producers
 
 
 @dataclass(frozen=True)
 class LayerStep:
-    """One layer of one sweep."""
+    """One layer for the tokens of one visit."""
 
     layer: int
     mode: StepMode = StepMode.FULL
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One pass over the layers of a segment, for all tokens, started from the segment's input.
-
-    ``gradient`` = under autograd. The hidden states and the KV of the ``last`` sweep leave the
-    segment.
-    """
+class Visit:
+    """The tokens ``t`` with ``t % stride == offset``, together through ``steps``."""
 
     steps: tuple[LayerStep, ...]
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over the layers of a segment for every token, started from the segment's input.
+
+    The ``visits`` run one after another, each over one of ``stride`` interleaved token subsets; a
+    later visit reads the KV that earlier ones have refreshed (Gauss-Seidel). ``finish`` then runs
+    for all tokens at once. ``gradient`` = under autograd. The hidden states and the KV of the
+    ``last`` sweep leave the segment. ``carried``: producers whose KV a visit may read before this
+    sweep has made it. ``keep_inputs``: the next sweep's carry is ``PROJECTED``, so what entered
+    those producers is kept. ``skip_below``: the sweep is left out once the KV residual of the one
+    before is at most this.
+    """
+
+    visits: tuple[Visit, ...]
     gradient: bool
     last: bool
+    carry: Carry = Carry.NOTHING
+    carried: tuple[int, ...] = ()
+    finish: tuple[LayerStep, ...] = ()
+    keep_inputs: bool = False
+    skip_below: float | None = None
+
+    @property
+    def stride(self) -> int:
+        """Number of token subsets; 1 = all tokens at once."""
+        return len(self.visits)
+
+    @property
+    def weighted_steps(self) -> Iterator[tuple[LayerStep, float]]:
+        """Every step and the share of the tokens it runs for."""
+        for visit in self.visits:
+            yield from ((step, 1 / self.stride) for step in visit.steps)
+        yield from ((step, 1.0) for step in self.finish)
 
 
 @dataclass(frozen=True)
@@ -75,72 +116,3 @@ class ExecutionPlan:
     def groups(self) -> tuple[Segment, ...]:
         """The cyclic segments, bottom to top."""
         return tuple(segment for segment in self.segments if segment.is_cyclic)
-
-
-def jacobi_plan(
-    map: SharingMap, forward_passes: int = 7, backward_passes: int = 2, skip: bool = True
-) -> ExecutionPlan:
-    """The published iteration: ``forward_passes`` no-grad, then ``backward_passes`` grad sweeps.
-
-    Layers outside cyclic groups run once. ``skip`` leaves out what a sweep does not need, without
-    changing any result: attention of upward layers in the first sweep (there is no KV yet), and all
-    but the KV of the group's top layer in every sweep but the last. Raises :class:`MapError` for an
-    impossible number of sweeps. Source: arXiv 2410.14442, section 3.3; the skipping is ours.
-    """
-    faults = pass_faults(forward_passes, backward_passes)
-    if faults:
-        raise MapError(faults)
-    segments: list[Segment] = []
-    start = 0
-    for first, last in map.cyclic_groups:
-        if start < first:
-            segments.append(_single_sweep(start, first - 1))
-        segments.append(_iterated(map, first, last, forward_passes, backward_passes, skip))
-        start = last + 1
-    if start < map.num_layers:
-        segments.append(_single_sweep(start, map.num_layers - 1))
-    return ExecutionPlan(map, tuple(segments))
-
-
-def pass_faults(forward_passes: int, backward_passes: int) -> list[Fault]:
-    """What is wrong with the numbers of sweeps (empty when they are fine)."""
-    faults = []
-    if forward_passes < 0:
-        rule = "the number of passes without gradient cannot be negative"
-        fix = "use 0 or more (the published value is 7)"
-        faults.append(Fault("--kv-forward-passes", forward_passes, rule, fix))
-    if backward_passes < 1:
-        rule = "at least one pass must carry gradient, or nothing in the group is trained"
-        fix = "use 1 or more (the published value is 2)"
-        faults.append(Fault("--kv-backward-passes", backward_passes, rule, fix))
-    return faults
-
-
-def _single_sweep(first: int, last: int) -> Segment:
-    steps = tuple(LayerStep(layer) for layer in range(first, last + 1))
-    return Segment(first, last, (Sweep(steps, gradient=True, last=True),))
-
-
-def _iterated(
-    map: SharingMap, first: int, last: int, forward_passes: int, backward_passes: int, skip: bool
-) -> Segment:
-    layers = range(first, last + 1)
-    count = forward_passes + backward_passes
-
-    def step(layer: int, number: int) -> LayerStep:
-        if skip and layer == last and number < count - 1:
-            return LayerStep(layer, StepMode.KV_ONLY)
-        if skip and number == 0 and map.is_upward(layer):
-            return LayerStep(layer, StepMode.NO_ATTENTION)
-        return LayerStep(layer)
-
-    sweeps = tuple(
-        Sweep(
-            steps=tuple(step(layer, number) for layer in layers),
-            gradient=number >= forward_passes,
-            last=number == count - 1,
-        )
-        for number in range(count)
-    )
-    targets = tuple(sorted({map.sources[layer] for layer in layers if map.is_upward(layer)}))
-    return Segment(first, last, sweeps, targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -74,9 +74,11 @@ class Metrics:
     its global batch), ``lr``, ``grad_norm`` (before clipping), ``tokens`` (consumed by the whole
     run so far, masked ones included), ``tokens_per_second`` (all devices, since the last record),
     ``tflops`` (per device, of what the passes need after skipping), ``mfu``, ``eta_seconds``,
-    ``skipped_steps`` and for cyclic maps ``kv_residual``; ``skipped`` is there, and true, on a
-    step that changed nothing. A validation record has ``step``, ``valid_loss`` and
-    ``valid_perplexity``. Numbers are not rounded.
+    ``skipped_steps`` and for cyclic maps ``kv_residual`` (of the last pass) and ``kv_residual_1``,
+    ``kv_residual_2``, ... (of every pass); ``skipped`` is there, and true, on a
+    step that changed nothing. A validation record has ``step``, ``valid_loss``,
+    ``valid_perplexity`` and for cyclic maps ``valid_kv_gap`` (exact minus iterated loss) and
+    ``valid_kv_residual...`` as above. Numbers are not rounded.
     """
 
     def __init__(
@@ -111,9 +113,11 @@ class Metrics:
         record |= {name: value for name, value in extra.items() if value is not None}
         self._write(record)
 
-    def valid(self, step: int, loss: float) -> None:
-        """Log an evaluation."""
-        self._write({"step": step, "valid_loss": loss, "valid_perplexity": perplexity(loss)})
+    def valid(self, step: int, loss: float, **extra: float | None) -> None:
+        """Log an evaluation; ``extra`` fields that are None are left out."""
+        record: Record = {"step": step, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
+        record |= {f"valid_{name}": value for name, value in extra.items() if value is not None}
+        self._write(record)
 
     def close(self) -> None:
         """Flush and close all sinks."""
@@ -123,6 +127,14 @@ class Metrics:
     def _write(self, record: Record) -> None:
         for sink in self._sinks:
             sink.write(record)
+
+
+def residual_fields(residuals: Sequence[float]) -> dict[str, float | None]:
+    """The passes' KV residuals as fields of a record; none if they were not measured."""
+    if not residuals:
+        return {}
+    each = {f"kv_residual_{number}": value for number, value in enumerate(residuals, 1)}
+    return {"kv_residual": residuals[-1], **each}
 
 
 def perplexity(loss: float) -> float:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.describe import describe
 from megatron_kvshare.config.pretrain import batch_layout
-from megatron_kvshare.config.shape import execution_plan, model_shape
+from megatron_kvshare.config.shape import execution_plan, model_shape, recipe
 from megatron_kvshare.data.data_plan import DataPlan
 from megatron_kvshare.sharing import cost, draw
 from megatron_kvshare.sharing.memory import TrainingLayout, TrainingMemory, training_memory
+from megatron_kvshare.sharing.solver import recipe_name
 from megatron_kvshare.train.metrics import perplexity
 from megatron_kvshare.train.run import Run
 
@@ -51,6 +52,7 @@ def _model_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
         f"map {plan.map.notation}",
         f"{owners} of {plan.map.num_layers} layers own keys and values: KV cache "
         f"{costs.kv_bytes_per_token:,} bytes per token, 1/{costs.kv_reduction:.2f} of standard",
+        *([f"recipe {recipe_name(recipe(config.sharing))}"] if plan.groups else []),
         draw.passes_text(plan),
         f"training FLOPs {costs.train_flops_ratio:.2f} x the standard map's",
         f"parameters {costs.parameters:,}: "

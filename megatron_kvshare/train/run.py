@@ -28,6 +28,7 @@ class Run:
     layout: BatchLayout
     shape: ModelShape
     plan: ExecutionPlan
+    evaluation_plan: ExecutionPlan
     data: TrainData
     model: DistributedDataParallel
     optimizer: MegatronOptimizer

@@ -15,7 +15,12 @@ from megatron_kvshare.checkpoint.save import save_checkpoint
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.config.pretrain import BatchLayout, batch_layout
-from megatron_kvshare.config.shape import execution_plan, model_shape
+from megatron_kvshare.config.shape import (
+    evaluation_plan,
+    execution_plan,
+    model_shape,
+    recipe,
+)
 from megatron_kvshare.data import train_data
 from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
@@ -77,6 +82,7 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
         layout=layout,
         shape=model_shape(config.model, vocabulary.size, window),
         plan=plan,
+        evaluation_plan=evaluation_plan(config.model, config.sharing),
         data=data,
         model=wrapped,
         optimizer=optimizer,
@@ -100,7 +106,8 @@ def _open_data(
 def _identity(config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     plan = execution_plan(config.model, config.sharing)
     window = config.sharing.window_size
-    return identity(config.model, plan.map, window, vocabulary.size, vocabulary.fingerprint)
+    made_for = (config.model, plan.map, recipe(config.sharing), window)
+    return identity(*made_for, vocabulary.size, vocabulary.fingerprint)
 
 
 def save(run: Run) -> None:

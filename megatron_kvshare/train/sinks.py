@@ -59,7 +59,9 @@ class Console:
 
     def _valid(self, record: Record) -> str:
         loss, perplexity = record["valid_loss"], record["valid_perplexity"]
-        return f"{self._at(record)} | validation loss {loss:.4f} | perplexity {perplexity:.2f}"
+        text = f"{self._at(record)} | validation loss {loss:.4f} | perplexity {perplexity:.2f}"
+        gap = record.get("valid_kv_gap")
+        return text if gap is None else f"{text} | exact {gap:+.4f}"
 
     def _train(self, record: Record) -> str:
         parts = [

@@ -22,11 +22,12 @@ from megatron_kvshare.config import (
     TrainConfig,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
-from megatron_kvshare.model.block import SharedKVBlock
 from megatron_kvshare.model.parameters import gather_by_name
+from megatron_kvshare.model.sweep import SweepRunner
+from megatron_kvshare.train import step
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
-from megatron_kvshare.train.step import train_step
+from megatron_kvshare.train.step import Evaluation, train_step
 from tests.distributed.world import Layout
 
 
@@ -44,11 +45,11 @@ class Case:
 
     def config(self, layout: Layout) -> PretrainConfig:
         sharing = {
-            "kv_forward_passes": 1,
-            "kv_backward_passes": 2,
             "window_size": 5,
             **self.sharing,
         }
+        if "kv_recipe" not in sharing:
+            sharing = {"kv_forward_passes": 1, "kv_backward_passes": 2, **sharing}
         model = {
             "num_layers": 8,
             "hidden_size": 64,
@@ -99,7 +100,7 @@ def train(state: ParallelState, layout: Layout, case: Case) -> Trained:
     batches = run.data.train_batches(0)
     losses = [train_step(run, batches, 1).loss]
     gradients = finished_gradients(run)
-    losses += [train_step(run, batches, step).loss for step in range(2, case.steps + 1)]
+    losses += [train_step(run, batches, number).loss for number in range(2, case.steps + 1)]
     return Trained(losses, initial_weights, gradients)
 
 
@@ -125,19 +126,24 @@ def train_without_one_consumer(
 
     The loss stays what it was; only the producer's gradient misses this consumer's share.
     """
-    plain = SharedKVBlock._source
-    SharedKVBlock._source = without_gradient(plain, consumer)
+    plain = SweepRunner._source
+    SweepRunner._source = without_gradient(plain, consumer)
     try:
         return train(state, layout, case)
     finally:
-        SharedKVBlock._source = plain
+        SweepRunner._source = plain
 
 
 def without_gradient(source: Callable, consumer: int) -> Callable:
-    def cut(self, step, now, before):
-        found = source(self, step, now, before)
-        if found is None or step.layer != consumer:
+    def cut(self, step, *arguments):
+        found = source(self, step, *arguments)
+        if step.layer != consumer:
             return found
-        return type(found)(*(x.detach() for x in found))
+        return found._replace(kv=type(found.kv)(*(x.detach() for x in found.kv)))
 
     return cut
+
+
+def evaluate(state: ParallelState, layout: Layout, case: Case) -> Evaluation:
+    """Validation loss, its gap to exact and the residuals of freshly initialised weights."""
+    return step.evaluate(prepare(case.config(layout), state))

@@ -13,6 +13,7 @@ from megatron_kvshare.checkpoint.manifest import Manifest, Progress, identity, r
 from megatron_kvshare.config import CheckpointConfig, ModelConfig
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.sharing.patterns import build_map
+from megatron_kvshare.sharing.solver import RECIPES, Recipe
 
 FORMAT = "replicated fp32"
 
@@ -21,8 +22,9 @@ def identity_of(**changes: Any) -> dict[str, Any]:
     kv_map = changes.pop("kv_map", "0_2_2")
     tokenizer = changes.pop("tokenizer", "abc")
     vocab_size = changes.pop("vocab_size", 100)
+    recipe = changes.pop("recipe", RECIPES["paper"])
     model = ModelConfig(num_layers=3, **changes)
-    return identity(model, build_map(3, kv_map=kv_map), None, vocab_size, tokenizer)
+    return identity(model, build_map(3, kv_map=kv_map), recipe, None, vocab_size, tokenizer)
 
 
 @pytest.fixture
@@ -82,6 +84,39 @@ def test_every_difference_is_listed(saved: Path) -> None:
         find(saved, run, finetune=True)
 
 
+def test_another_recipe_is_refused_and_finetuning_may_change_it(saved: Path) -> None:
+    run = identity_of(recipe=RECIPES["fast"])
+    with pytest.raises(CheckpointError, match=r"strided\(4; 1, 1\)p.*jacobi\(7, 2\)"):
+        find(saved, run)
+    assert find(saved, run, finetune=True) is not None
+
+
+def test_a_map_without_passes_has_no_recipe() -> None:
+    names = ("fast", "paper")
+    first, second = (identity_of(kv_map="0_0_0", recipe=RECIPES[name]) for name in names)
+    assert first == second and first["kv_recipe"] is None
+
+
+def test_the_stored_recipe_can_be_built_again(saved: Path) -> None:
+    stored = read_manifest(folder.iteration_folder(saved, 7)).identity["kv_recipe"]
+    assert Recipe.from_dict(stored) == RECIPES["paper"]
+
+
+@pytest.mark.parametrize("kv_map", ["0_2_2", "0_0_0"])
+def test_version_1_had_the_published_passes(tmp_path: Path, kv_map: str) -> None:
+    old = identity_of(kv_map=kv_map)
+    del old["kv_recipe"]
+    config = {"kv_forward_passes": 1, "kv_backward_passes": 2}
+    aside = folder.begin(folder.iteration_folder(tmp_path, 7))
+    Manifest(old, Progress(7), 1, 2, FORMAT, config, format_version=1).write(aside)
+    folder.publish(aside, folder.iteration_folder(tmp_path, 7), 7)
+    passes = Recipe(forward_passes=1, backward_passes=2)
+    assert find(tmp_path, identity_of(kv_map=kv_map, recipe=passes)) is not None
+    if kv_map == "0_2_2":
+        with pytest.raises(CheckpointError, match=r"jacobi\(1, 2\)"):
+            find(tmp_path, identity_of(kv_map=kv_map))
+
+
 def test_an_unknown_tokenizer_is_not_a_difference(saved: Path) -> None:
     assert find(saved, identity_of(tokenizer=None)) is not None
 
@@ -103,7 +138,7 @@ def test_damage_is_reported(saved: Path, damage: str) -> None:
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:50])
     else:
-        text = manifest.read_text().replace('"format_version": 1', '"format_version": 9')
+        text = manifest.read_text().replace('"format_version": 2', '"format_version": 9')
         manifest.write_text(text)
     with pytest.raises(CheckpointError, match="Fix: "):
         find(saved, identity_of())

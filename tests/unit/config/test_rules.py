@@ -132,6 +132,27 @@ def test_what_is_allowed(argv):
     check(argv)
 
 
+def test_subsets_are_whole_on_every_rank():
+    layout = "--sequence-parallel --tensor-model-parallel-size 2 --seq-length 100"
+    cyclic = f"{layout} --kv-pattern sandwich-top --kv-layers 3"
+    (fault,) = faults(f"{cyclic} --kv-recipe fast", 2)
+    assert "--kv-stride 4 x --tensor-model-parallel-size 2 = 8" in fault
+    assert "use --seq-length 96 or 104" in fault
+    check(cyclic, 2)
+    check(f"{layout} --kv-pattern cla:2 --kv-recipe fast", 2)
+
+
+def test_a_recipe_without_effect_is_said():
+    (warning,) = [
+        text
+        for text in pretrain_warnings(check("--kv-pattern cla:2 --kv-forward-passes 0"))
+        if "no effect" in text
+    ]
+    assert "--kv-forward-passes" in warning
+    cyclic = check("--kv-pattern sandwich-top --kv-layers 3 --kv-recipe fast")
+    assert not any("no effect" in text for text in pretrain_warnings(cyclic))
+
+
 TENSOR_PARALLEL = "--num-attention-heads 12 --hidden-size 96 --ffn-hidden-size 256 --num-layers 2"
 
 

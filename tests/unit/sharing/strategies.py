@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.solver import Recipe, Solver, Start, Tolerance
 
 # A busy machine is no fault of the code, so time is not judged.
 settings.register_profile(
@@ -29,3 +30,24 @@ def sharing_maps(draw: st.DrawFn, max_layers: int = 14) -> SharingMap:
     sources = tuple(layer if layer in producers else draw(pick) for layer in layers)
     windowed = tuple(draw(st.booleans()) for _ in layers)
     return SharingMap(sources, windowed)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Any valid recipe with few sweeps."""
+    stride = draw(st.integers(1, 5))
+    start, forward = draw(st.sampled_from(Start)), draw(st.integers(0, 3))
+    return Recipe(
+        solver=Solver.JACOBI if stride == 1 else Solver.STRIDED,
+        stride=stride,
+        forward_passes=forward,
+        backward_passes=draw(st.integers(1, 3)),
+        start=start,
+        project_at_use=draw(st.booleans()) and (forward > 0 or start is Start.SELF),
+    )
+
+
+@st.composite
+def tolerances(draw: st.DrawFn) -> Tolerance:
+    most = draw(st.integers(1, 4))
+    return Tolerance(residual=0.01, least=draw(st.integers(0, most)), most=most)

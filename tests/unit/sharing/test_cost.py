@@ -13,7 +13,8 @@ from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.memory import TrainingLayout, training_memory
 from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.plan import LayerStep, StepMode, jacobi_plan
+from megatron_kvshare.sharing.plan import LayerStep, StepMode
+from megatron_kvshare.sharing.solver import RECIPES, jacobi_plan, solver_plan
 from tests.unit.sharing.strategies import NINE, sharing_maps
 
 TINY_LLAMA = ModelShape(
@@ -227,3 +228,13 @@ def test_only_gradient_passes_keep_activations() -> None:
 
     assert kept(7, 2) == kept(1, 2)
     assert kept(7, 1) < kept(7, 2) < kept(7, 3)
+
+
+def test_strided_passes_keep_as_much_as_parallel_ones() -> None:
+    """The top layer's input is kept twice: for its keys and values, and for the rest of it."""
+    sharing = build_map(22, "sandwich-top", 3)
+    layout = TrainingLayout(micro_batch_size=1)
+    fast = training_memory(TINY_LLAMA, solver_plan(sharing, RECIPES["fast"]), layout)
+    parallel = training_memory(TINY_LLAMA, jacobi_plan(sharing, 1, 1), layout)
+    assert fast.activations - parallel.activations == 2048 * 2048 * 4
+    assert fast.weights == parallel.weights

@@ -9,21 +9,23 @@ from hypothesis import strategies as st
 from megatron_kvshare.errors import MapError
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.plan import (
-    ExecutionPlan,
-    LayerStep,
-    Segment,
-    StepMode,
-    jacobi_plan,
-)
+from megatron_kvshare.sharing.plan import ExecutionPlan, LayerStep, Segment, StepMode, Sweep
+from megatron_kvshare.sharing.solver import jacobi_plan
 from tests.unit.sharing.strategies import sharing_maps
 
 FULL, NO_ATTENTION, KV_ONLY = StepMode.FULL, StepMode.NO_ATTENTION, StepMode.KV_ONLY
 passes = st.tuples(st.integers(0, 4), st.integers(1, 3))
 
 
+def steps_of(sweep: Sweep) -> tuple[LayerStep, ...]:
+    """The steps of a sweep that takes all tokens at once, as every one does here."""
+    (visit,) = sweep.visits
+    assert (visit.offset, sweep.stride, sweep.finish) == (0, 1, ())
+    return visit.steps
+
+
 def modes(segment: Segment) -> list[list[StepMode]]:
-    return [[step.mode for step in sweep.steps] for sweep in segment.sweeps]
+    return [[step.mode for step in steps_of(sweep)] for sweep in segment.sweeps]
 
 
 def test_an_acyclic_map_is_one_segment_with_one_sweep() -> None:
@@ -32,7 +34,7 @@ def test_an_acyclic_map_is_one_segment_with_one_sweep() -> None:
     (sweep,) = segment.sweeps
     assert sweep.gradient
     assert sweep.last
-    assert sweep.steps == tuple(LayerStep(layer) for layer in range(22))
+    assert steps_of(sweep) == tuple(LayerStep(layer) for layer in range(22))
 
 
 def test_sandwich_top_has_three_segments() -> None:
@@ -91,7 +93,7 @@ def test_segments_cover_every_layer_once_per_sweep(
     for segment in plan.segments:
         layers = list(range(segment.first, segment.last + 1))
         covered += layers
-        assert all([step.layer for step in sweep.steps] == layers for sweep in segment.sweeps)
+        assert all([step.layer for step in steps_of(sweep)] == layers for sweep in segment.sweeps)
         assert [sweep.last for sweep in segment.sweeps].count(True) == 1
         assert segment.sweeps[-1].last
         assert len(segment.sweeps) == (sum(counts) if segment.is_cyclic else 1)
@@ -110,7 +112,7 @@ def test_every_read_is_served(sharing: SharingMap, counts: tuple[int, int]) -> N
     for segment in plan.segments:
         before: set[int] = set()
         for sweep in segment.sweeps:
-            before = _run_sweep(plan, sweep.steps, outside, before)
+            before = _run_sweep(plan, steps_of(sweep), outside, before)
         outside |= before  # the KV of the last sweep
     assert outside == set(sharing.producers)
 
@@ -138,7 +140,7 @@ def _run_sweep(
 @given(sharing_maps(), passes)
 def test_the_last_sweep_is_whole(sharing: SharingMap, counts: tuple[int, int]) -> None:
     for segment in jacobi_plan(sharing, *counts).segments:
-        final = {step.mode for step in segment.sweeps[-1].steps}
+        final = {step.mode for step in steps_of(segment.sweeps[-1])}
         assert final <= ({FULL} if sum(counts) > 1 else {FULL, NO_ATTENTION})
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_kvshare.cli.main import main
 from megatron_kvshare.errors import EXIT_USER_ERROR
+from megatron_kvshare.sharing.solver import RECIPES
 from tests.unit.sharing.strategies import NINE
 
 Capture = pytest.CaptureFixture[str]
@@ -49,6 +50,22 @@ def test_number_of_passes_changes_the_factor(capsys: Capture) -> None:
     found = plan_json(capsys, *flags)
     assert found["train_factor"] == pytest.approx(4 / 3)
     assert found["prefill_factor"] == 2.0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_json_of_a_recipe(capsys: Capture, name: str) -> None:
+    found = plan_json(capsys, "--kv-map", "0_3_3_3", "--kv-recipe", name)
+    assert found["recipe"] == RECIPES[name].as_dict()
+
+
+def test_the_drawing_of_a_strided_recipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["plan", "--kv-map", "0_3_3_3", "--kv-recipe", "fast"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("fast: strided(4; 1, 1)p", "4 interleaved subsets", "1 pass without gradient"):
+        assert text in out
+    for recipe in RECIPES.values():
+        assert str(recipe) in out
 
 
 def test_an_explicit_map_says_how_many_layers(capsys: Capture) -> None:

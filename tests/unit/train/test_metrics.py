@@ -10,7 +10,7 @@ import pytest
 
 from megatron_kvshare.checkpoint.manifest import Progress
 from megatron_kvshare.errors import ConfigError
-from megatron_kvshare.train.metrics import Metrics, Stopwatch, perplexity
+from megatron_kvshare.train.metrics import Metrics, Stopwatch, perplexity, residual_fields
 from megatron_kvshare.train.sinks import Console, JsonLines
 
 
@@ -74,6 +74,16 @@ def test_metrics_file_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--metrics-file"):
         JsonLines(tmp_path / "file" / "metrics.jsonl")
+
+
+def test_residuals_of_all_passes_are_fields() -> None:
+    assert residual_fields(()) == {}
+    assert residual_fields((1.0, 0.5, 0.25)) == {
+        "kv_residual": 0.25,
+        "kv_residual_1": 1.0,
+        "kv_residual_2": 0.5,
+        "kv_residual_3": 0.25,
+    }
 
 
 def test_perplexity_does_not_overflow() -> None:

@@ -17,7 +17,7 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.plan import jacobi_plan
+from megatron_kvshare.sharing.solver import jacobi_plan
 from tests.product import Tiny
 
 

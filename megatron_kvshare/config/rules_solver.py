@@ -1,0 +1,91 @@
+"""Rules of the recipe: how cyclic maps are computed (L1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from megatron_kvshare.config.model import ParallelConfig
+from megatron_kvshare.config.rule import rule
+from megatron_kvshare.config.rules_model import HasSharing, multiples, sharing_map
+from megatron_kvshare.config.shape import recipe
+from megatron_kvshare.errors import Fault, MapError
+
+_RECIPE = (
+    "kv_recipe kv_solver kv_stride kv_forward_passes kv_backward_passes kv_start kv_project_at_use"
+)
+_MAP = "num_layers kv_pattern kv_layers kv_map"
+
+
+class HasRecipe(HasSharing, Protocol):
+    """A configuration with a model, a sharing map and its parallel layout."""
+
+    @property
+    def parallel(self) -> ParallelConfig: ...
+
+
+@rule(_RECIPE)
+def recipe_is_possible(config: HasSharing) -> Iterator[Fault]:
+    """The parts of the recipe fit together."""
+    try:
+        recipe(config.sharing)
+    except MapError as error:
+        yield from error.faults
+
+
+@rule("kv_tolerance kv_min_passes kv_max_passes kv_tolerance_in_training")
+def tolerance_fits(config: HasSharing) -> Iterator[Fault]:
+    """The floor is below the cap, and training by tolerance has one."""
+    sharing = config.sharing
+    if sharing.kv_min_passes > sharing.kv_max_passes:
+        yield Fault(
+            "--kv-min-passes",
+            sharing.kv_min_passes,
+            f"it must be at most --kv-max-passes {sharing.kv_max_passes}",
+            f"use --kv-min-passes {sharing.kv_max_passes} or less",
+        )
+    if sharing.kv_tolerance_in_training and sharing.kv_tolerance is None:
+        rule_text = "it needs --kv-tolerance"
+        yield Fault("--kv-tolerance-in-training", True, rule_text, "add --kv-tolerance 0.01")
+
+
+@rule(f"{_RECIPE} {_MAP} seq_length sequence_parallel tensor_model_parallel_size")
+def subsets_fit_sequence_parallel(config: HasRecipe) -> Iterator[Fault]:
+    """Every tensor-parallel rank holds the same part of every token subset."""
+    parallel, length = config.parallel, config.model.seq_length
+    if not parallel.sequence_parallel or parallel.tensor_model_parallel_size == 1:
+        return
+    try:
+        stride = recipe(config.sharing).stride
+        cyclic = sharing_map(config.model, config.sharing).is_cyclic
+    except MapError:
+        return  # other rules tell
+    step = stride * parallel.tensor_model_parallel_size
+    if cyclic and stride > 1 and length % step:
+        yield Fault(
+            "--seq-length",
+            length,
+            f"with --sequence-parallel it must be divisible by --kv-stride {stride} x"
+            f" --tensor-model-parallel-size {parallel.tensor_model_parallel_size} = {step}",
+            f"use --seq-length {multiples(length, step)}",
+        )
+
+
+def recipe_warnings(config: HasSharing) -> list[str]:
+    """Recipe flags that do nothing."""
+    sharing = config.sharing
+    if sharing_map(config.model, sharing).is_cyclic:
+        return []
+    names = [*_RECIPE.split(), "kv_tolerance"]
+    given = [
+        "--" + name.replace("_", "-")
+        for name in names
+        if getattr(sharing, name) is not None and getattr(sharing, name) is not False
+    ]
+    if not given:
+        return []
+    return [f"{' and '.join(given)}: no effect, no layer of this map reads a higher one"]
+
+
+SOLVER_RULES = (recipe_is_possible, tolerance_fits)
+"""Of every command that has a map; the layout's rule is :func:`subsets_fit_sequence_parallel`."""

@@ -1,0 +1,305 @@
+"""How a cyclic group is solved: recipes, and the sweep plans they make (L1, no torch).
+
+The KV that upward layers read depends on those layers themselves: a fixed point. A recipe says how
+it is approached. ``jacobi`` (arXiv 2410.14442, section 3.3) lets every token read the KV of the
+sweep before; ``strided`` (Gauss-Seidel) visits the tokens in ``stride`` interleaved subsets, and a
+subset reads what the earlier ones have just refreshed. All recipes have the same fixed point:
+after ``n`` sweeps the first ``n * stride`` tokens are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from megatron_kvshare.errors import Fault, MapError
+from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.plan import (
+    Carry,
+    ExecutionPlan,
+    LayerStep,
+    Segment,
+    StepMode,
+    Sweep,
+    Visit,
+)
+
+_EXACT_STRIDE = 8
+
+
+class Solver(StrEnum):
+    """The order in which a sweep visits tokens."""
+
+    JACOBI = "jacobi"
+    STRIDED = "strided"
+
+
+class Start(StrEnum):
+    """What the first sweep reads of tokens it has not visited yet."""
+
+    ZERO = "zero"  # nothing (published)
+    INPUT = "input"  # the target's W_K, W_V applied to the group's input
+    SELF = "self"  # of one parallel sweep, in which upward layers read W_K, W_V of their own input
+
+
+def pass_faults(forward_passes: int, backward_passes: int) -> list[Fault]:
+    """What is wrong with the numbers of sweeps (empty when they are fine)."""
+    faults = []
+    if forward_passes < 0:
+        rule = "the number of passes without gradient cannot be negative"
+        fix = "use 0 or more (the published value is 7)"
+        faults.append(Fault("--kv-forward-passes", forward_passes, rule, fix))
+    if backward_passes < 1:
+        rule = "at least one pass must carry gradient, or nothing in the group is trained"
+        fix = "use 1 or more (the published value is 2)"
+        faults.append(Fault("--kv-backward-passes", backward_passes, rule, fix))
+    return faults
+
+
+def _stride_faults(solver: Solver, stride: int) -> list[Fault]:
+    if solver is Solver.STRIDED and stride < 2:
+        rule = "the strided solver needs at least two token subsets"
+        return [Fault("--kv-stride", stride, rule, "use --kv-stride 4, or --kv-solver jacobi")]
+    if solver is Solver.JACOBI and stride != 1:
+        rule = "the jacobi solver visits all tokens at once"
+        return [Fault("--kv-stride", stride, rule, "add --kv-solver strided, or drop --kv-stride")]
+    return []
+
+
+def _projection_faults(recipe: Recipe) -> list[Fault]:
+    if not recipe.project_at_use or recipe.forward_passes > 0 or recipe.start is Start.SELF:
+        return []
+    rule = "it concerns what leaves the passes without gradient, and there are none"
+    fix = "use --kv-forward-passes 1 or --kv-start self, or drop --kv-project-at-use"
+    return [Fault("--kv-project-at-use", True, rule, fix)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to compute every cyclic group of a map.
+
+    ``forward_passes`` sweeps without gradient, then ``backward_passes`` with. ``project_at_use``:
+    what leaves the sweeps without gradient is the input of the producers, not their KV, and the
+    first sweep with gradient applies ``W_K``, ``W_V`` to it, so that these are trained through
+    every reader. Raises :class:`MapError`, with all faults at once, for a recipe that cannot be.
+    """
+
+    solver: Solver = Solver.JACOBI
+    stride: int = 1
+    forward_passes: int = 7
+    backward_passes: int = 2
+    start: Start = Start.ZERO
+    project_at_use: bool = False
+
+    def __post_init__(self) -> None:
+        faults = [
+            *pass_faults(self.forward_passes, self.backward_passes),
+            *_stride_faults(self.solver, self.stride),
+            *_projection_faults(self),
+        ]
+        if faults:
+            raise MapError(faults)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`as_dict`."""
+        enums = {"solver": Solver(values["solver"]), "start": Start(values["start"])}
+        return cls(**{**values, **enums})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as checkpoints and exports store them."""
+        values = asdict(self)
+        return {**values, "solver": str(self.solver), "start": str(self.start)}
+
+    def __str__(self) -> str:
+        """``strided(4; 1, 1)p``, ``jacobi(7, 2)``, ``strided(4; 0, 1) from input``."""
+        stride = f"{self.stride}; " if self.solver is Solver.STRIDED else ""
+        passes = f"{self.forward_passes}, {self.backward_passes}"
+        start = "" if self.start is Start.ZERO else f" from {self.start}"
+        return f"{self.solver}({stride}{passes}){'p' * self.project_at_use}{start}"
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "paper": Recipe(),
+    "fast": Recipe(
+        solver=Solver.STRIDED, stride=4, forward_passes=1, backward_passes=1, project_at_use=True
+    ),
+    "cheapest": Recipe(
+        solver=Solver.STRIDED, stride=4, forward_passes=0, backward_passes=1, start=Start.INPUT
+    ),
+}
+"""Recipes with a name."""
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """``fast: strided(4; 1, 1)p``; without a name the notation alone."""
+    names = [f"{name}: " for name, known in RECIPES.items() if known == recipe]
+    return f"{names[0] if names else ''}{recipe}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """Sweeps without gradient go on until the KV residual is at most ``residual``.
+
+    At least ``least`` of them run, at most ``most``. The residual of a sweep is
+    ``||KV_n - KV_{n-1}|| / ||KV_n||`` over the targets of the group, on all ranks together.
+    """
+
+    residual: float
+    least: int
+    most: int
+
+
+def solver_plan(
+    map: SharingMap, recipe: Recipe, tolerance: Tolerance | None = None, skip: bool = True
+) -> ExecutionPlan:
+    """The sweeps of ``recipe`` for every cyclic group; layers outside groups run once.
+
+    With a ``tolerance`` the number of sweeps without gradient is found while running, between its
+    limits, and ``forward_passes`` does not matter. ``skip`` leaves out what a sweep does not need,
+    without changing any result: attention of upward layers that have nothing to read, and all but
+    the KV of the group's top layer in every sweep but the last.
+    """
+    segments: list[Segment] = []
+    start = 0
+    for first, last in map.cyclic_groups:
+        if start < first:
+            segments.append(_single_sweep(start, first - 1))
+        segments.append(_Group(map, first, last, recipe, skip).segment(tolerance))
+        start = last + 1
+    if start < map.num_layers:
+        segments.append(_single_sweep(start, map.num_layers - 1))
+    return ExecutionPlan(map, tuple(segments))
+
+
+def exact_plan(
+    map: SharingMap, length: int, residual: float, sequence_ranks: int = 1
+) -> ExecutionPlan:
+    """Sweeps until nothing moves by more than ``residual``: what token by token gives.
+
+    At most ``length / stride`` sweeps, after which every token is exact however slowly they
+    converge. ``sequence_ranks``: parts of the sequence that each hold whole subsets.
+    """
+    stride = _EXACT_STRIDE
+    if sequence_ranks > 1:
+        stride = math.gcd(stride, length // sequence_ranks)
+    solver = Solver.STRIDED if stride > 1 else Solver.JACOBI
+    recipe = Recipe(solver=solver, stride=stride, forward_passes=1, backward_passes=1)
+    most = max(1, -(-length // stride) - 1)
+    return solver_plan(map, recipe, Tolerance(residual=residual, least=1, most=most))
+
+
+def jacobi_plan(
+    map: SharingMap, forward_passes: int = 7, backward_passes: int = 2, skip: bool = True
+) -> ExecutionPlan:
+    """The published iteration. Raises :class:`MapError` for an impossible number of sweeps."""
+    recipe = Recipe(forward_passes=forward_passes, backward_passes=backward_passes)
+    return solver_plan(map, recipe, skip=skip)
+
+
+def _single_sweep(first: int, last: int) -> Segment:
+    steps = tuple(LayerStep(layer) for layer in range(first, last + 1))
+    return Segment(first, last, (Sweep((Visit(steps),), gradient=True, last=True),))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Builds the sweeps of layers ``first..last``."""
+
+    map: SharingMap
+    first: int
+    last: int
+    recipe: Recipe
+    skip: bool
+
+    def segment(self, tolerance: Tolerance | None) -> Segment:
+        recipe = self.recipe
+        without_gradient = recipe.forward_passes if tolerance is None else tolerance.most
+        count = without_gradient + recipe.backward_passes
+        sweeps = [self._sweep(number, without_gradient, count) for number in range(count)]
+        if tolerance is not None:
+            for number in range(tolerance.least, without_gradient):
+                sweeps[number] = replace(sweeps[number], skip_below=tolerance.residual)
+        if recipe.start is Start.SELF:
+            sweeps.insert(0, self._start_sweep())
+        if recipe.project_at_use:
+            sweeps = _projecting(sweeps)
+        return Segment(self.first, self.last, tuple(sweeps), self._targets)
+
+    @property
+    def _layers(self) -> range:
+        return range(self.first, self.last + 1)
+
+    @property
+    def _targets(self) -> tuple[int, ...]:
+        targets = {self.map.sources[layer] for layer in self._layers if self.map.is_upward(layer)}
+        return tuple(sorted(targets))
+
+    def _carried(self, stride: int) -> tuple[int, ...]:
+        """With all tokens at once only upward layers read what the sweep has yet to make."""
+        if stride == 1:
+            return self._targets
+        read = {self.map.sources[layer] for layer in self._layers if layer != self.last}
+        return tuple(sorted(read & set(self._layers)))
+
+    def _sweep(self, number: int, without_gradient: int, count: int) -> Sweep:
+        stride, last = self.recipe.stride, number == count - 1
+        carry = self._first_carry() if number == 0 else Carry.KV
+        visits = tuple(
+            Visit(tuple(self._step(layer, offset, carry, last) for layer in self._layers), offset)
+            for offset in range(stride)
+        )
+        top = LayerStep(self.last, StepMode.KV_GIVEN)
+        return Sweep(
+            visits,
+            gradient=number >= without_gradient,
+            last=last,
+            carry=carry,
+            carried=self._carried(stride),
+            finish=(top,) if last and stride > 1 else (),
+        )
+
+    def _step(self, layer: int, offset: int, carry: Carry, last: bool) -> LayerStep:
+        """In strided sweeps the top layer waits for the KV of all tokens, see ``Sweep.finish``."""
+        if layer == self.last and (self.recipe.stride > 1 or (self.skip and not last)):
+            return LayerStep(layer, StepMode.KV_ONLY)
+        blind = carry is Carry.NOTHING and offset == 0 and self.map.is_upward(layer)
+        if blind and (self.skip or self.recipe.stride > 1):
+            return LayerStep(layer, StepMode.NO_ATTENTION)
+        return LayerStep(layer)
+
+    def _first_carry(self) -> Carry:
+        carries = {
+            Start.ZERO: Carry.NOTHING,
+            Start.INPUT: Carry.GROUP_INPUT,
+            Start.SELF: Carry.KV,
+        }
+        return carries[self.recipe.start]
+
+    def _start_sweep(self) -> Sweep:
+        """All tokens at once; what an upward layer would read is guessed from its own input."""
+
+        def mode(layer: int) -> StepMode:
+            if layer == self.last:
+                return StepMode.KV_ONLY
+            return StepMode.OWN_INPUT if self.map.is_upward(layer) else StepMode.FULL
+
+        steps = tuple(LayerStep(layer, mode(layer)) for layer in self._layers)
+        return Sweep((Visit(steps),), gradient=False, last=False, carried=self._targets)
+
+
+def _projecting(sweeps: list[Sweep]) -> list[Sweep]:
+    """Between the last sweep without gradient and the first one with it, carry producers' inputs.
+
+    Where sweeps may be left out any of them can be that last one.
+    """
+    first_gradient = next(number for number, sweep in enumerate(sweeps) if sweep.gradient)
+    for number in range(first_gradient):
+        later = sweeps[number + 1 : first_gradient]
+        may_be_last = all(sweep.skip_below is not None for sweep in later)
+        sweeps[number] = replace(sweeps[number], keep_inputs=may_be_last)
+    sweeps[first_gradient] = replace(sweeps[first_gradient], carry=Carry.PROJECTED)
+    return sweeps

@@ -1,0 +1,69 @@
+"""From the --kv-* flags to the recipe and the passes of training and of evaluation."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.pretrain import parse_pretrain
+from megatron_kvshare.config.shape import evaluation_plan, execution_plan, recipe
+from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.solver import RECIPES
+
+BASE = "--mock-data --vocab-size 100 --kv-pattern sandwich-top --kv-layers 3"
+
+
+def parsed(argv: str) -> PretrainConfig:
+    return parse_pretrain(f"{BASE} {argv}".split(), {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "notation"),
+    [
+        ("", "jacobi(7, 2)"),
+        ("--kv-recipe paper", "jacobi(7, 2)"),
+        ("--kv-recipe fast", "strided(4; 1, 1)p"),
+        ("--kv-recipe cheapest", "strided(4; 0, 1) from input"),
+        ("--kv-recipe fast --kv-stride 8", "strided(8; 1, 1)p"),
+        ("--kv-recipe fast --kv-solver jacobi", "jacobi(1, 1)p"),
+        ("--kv-recipe fast --kv-backward-passes 2", "strided(4; 1, 2)p"),
+        ("--kv-recipe fast --kv-forward-passes 0 --kv-start self", "strided(4; 0, 1)p from self"),
+        ("--kv-recipe cheapest --kv-start zero", "strided(4; 0, 1)"),
+        ("--kv-forward-passes 1", "jacobi(1, 2)"),
+        ("--kv-forward-passes 0 --kv-backward-passes 3", "jacobi(0, 3)"),
+        ("--kv-project-at-use", "jacobi(7, 2)p"),
+        ("--kv-solver strided", "strided(4; 7, 2)"),
+        ("--kv-solver strided --kv-stride 2", "strided(2; 7, 2)"),
+    ],
+)
+def test_recipe_of_the_flags(argv: str, notation: str) -> None:
+    assert str(recipe(parsed(argv).sharing)) == notation
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_named_recipe_is_a_choice(name: str) -> None:
+    assert recipe(parsed(f"--kv-recipe {name}").sharing) == RECIPES[name]
+
+
+def limits(plan: ExecutionPlan) -> list[float | None]:
+    (group,) = plan.groups
+    return [sweep.skip_below for sweep in group.sweeps]
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_tolerance_is_for_evaluation_unless_training_asks_for_it(in_training: bool) -> None:
+    flag = " --kv-tolerance-in-training" * in_training
+    config = parsed(
+        f"--kv-recipe fast --kv-tolerance 0.01 --kv-min-passes 2 --kv-max-passes 4{flag}"
+    )
+    found = [None, None, 0.01, 0.01, None]
+    assert limits(evaluation_plan(config.model, config.sharing)) == found
+    trained = execution_plan(config.model, config.sharing)
+    assert limits(trained) == (found if in_training else [None, None])
+
+
+def test_without_tolerance_evaluation_has_the_passes_of_training() -> None:
+    config = parsed("--kv-recipe fast")
+    trained = execution_plan(config.model, config.sharing)
+    assert evaluation_plan(config.model, config.sharing) == trained
+    assert trained.groups[0].sweeps[0].stride == 4
