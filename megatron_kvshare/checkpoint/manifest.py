@@ -141,7 +141,7 @@ def check_identity(manifest: Manifest, run: dict[str, Any], finetune: bool) -> N
         Fault(
             _where(name),
             _shown(run, name),
-            f"the checkpoint has {_shown(stored, name)}",
+            f"the checkpoint has {_shown(stored, name)!r}",
             _fix(name),
         )
         for name in dict.fromkeys((*stored, *run))
@@ -153,11 +153,9 @@ def check_identity(manifest: Manifest, run: dict[str, Any], finetune: bool) -> N
         raise CheckpointError(faults)
 
 
-def _shown(identity: dict[str, Any], name: str) -> str:
+def _shown(identity: dict[str, Any], name: str) -> Any:
     value = identity.get(name)
-    if name == "kv_recipe" and value is not None:
-        return str(Recipe.from_dict(value))
-    return repr(value)
+    return str(Recipe.from_dict(value)) if name == "kv_recipe" and value is not None else value
 
 
 def _where(name: str) -> str:
