@@ -8,7 +8,7 @@ import torch
 from megatron_kvshare.model import context
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.solver import RECIPES, Recipe, Solver, Start, Tolerance, solver_plan
+from megatron_kvshare.sharing.solver import RECIPES, Recipe, Tolerance, solver_plan
 from tests.parity.cases import each_map, one_of_each_pattern
 from tests.product import (
     Tiny,
@@ -18,26 +18,12 @@ from tests.product import (
     random_tokens,
     relative_differences,
 )
+from tests.recipes import jacobi, strided
 from tests.swept_oracle import Way, swept_loss_and_gradients
 
 TINY = Tiny()
 LENGTH = 11
 TOLERANCE = 1e-5
-
-
-def strided(stride: int, m: int, b: int, start: str = "zero", p: bool = False) -> Recipe:
-    return Recipe(
-        solver=Solver.STRIDED,
-        stride=stride,
-        forward_passes=m,
-        backward_passes=b,
-        start=Start(start),
-        project_at_use=p,
-    )
-
-
-def jacobi(m: int, b: int, start: str = "zero", p: bool = False) -> Recipe:
-    return Recipe(forward_passes=m, backward_passes=b, start=Start(start), project_at_use=p)
 
 
 TRAINED = {

@@ -19,6 +19,7 @@ from megatron_kvshare.sharing.solver import (
     recipe_name,
     solver_plan,
 )
+from tests.recipes import jacobi, strided
 from tests.unit.sharing.strategies import recipes, sharing_maps, tolerances
 from tests.unit.sharing.symbolic import run_symbolically
 
@@ -26,23 +27,6 @@ NOTHING, GROUP_INPUT, KV, PROJECTED = Carry
 FULL, NO_ATTENTION, KV_ONLY = StepMode.FULL, StepMode.NO_ATTENTION, StepMode.KV_ONLY
 FIRST_CARRY = {Start.ZERO: NOTHING, Start.INPUT: GROUP_INPUT, Start.SELF: KV}
 SANDWICH = build_map(8, "sandwich-top", 3)  # layers 1-6 are one group
-
-
-def strided(stride: int, forward: int, backward: int, start: str = "zero", p: bool = False):
-    return Recipe(
-        solver=Solver.STRIDED,
-        stride=stride,
-        forward_passes=forward,
-        backward_passes=backward,
-        start=Start(start),
-        project_at_use=p,
-    )
-
-
-def jacobi(forward: int, backward: int, start: str = "zero", p: bool = False) -> Recipe:
-    return Recipe(
-        forward_passes=forward, backward_passes=backward, start=Start(start), project_at_use=p
-    )
 
 
 def group_of(recipe: Recipe, tolerance: Tolerance | None = None) -> Segment:
