@@ -40,7 +40,8 @@ def main() -> None:
     state = parallel.initialize(backend="gloo")
     run = prepare(config, state)
     assert run.progress.step == config.train.train_iters, "the run is not finished"
-    run.model.eval()
+    (model,) = run.models
+    model.eval()
     folder = Path(config.checkpoint.save or "").parent
     with torch.no_grad():
         measured = measure(run, folder / "metrics.jsonl")
@@ -79,12 +80,12 @@ def prefills(run: Run, exact: ExecutionPlan) -> list[dict[str, Any]]:
     """Loss and logits of several plans beside exact ones, their time over a standard stack's."""
     tokens = next(run.data.valid_batches()).tokens[:1]
     true_loss = validate(run, exact, PREFILL_BATCHES).loss
-    true_logits = run.model(tokens, plan=exact).value[..., : run.shape.vocab_size]
+    true_logits = run.models[0](tokens, plan=exact).value[..., : run.shape.vocab_size]
     standard = standard_model(run)
     rows = []
     for name, (stride, sweeps) in PREFILLS.items():
         plan = _plan(run, stride, sweeps)
-        logits = run.model(tokens, plan=plan).value[..., : run.shape.vocab_size]
+        logits = run.models[0](tokens, plan=plan).value[..., : run.shape.vocab_size]
         rows.append(
             {
                 "plan": name,
@@ -121,7 +122,7 @@ def _time_ratio(
     ratios = []
     for _ in range(pairs + 1):
         start = time.perf_counter()
-        run.model(tokens, plan=plan)
+        run.models[0](tokens, plan=plan)
         middle = time.perf_counter()
         standard(tokens)
         ratios.append((middle - start) / (time.perf_counter() - middle))

@@ -104,17 +104,17 @@ def our_step(plan: ExecutionPlan, state: parallel.ParallelState) -> Step:
     net = KVShareGPT(MODEL, layout, plan, VOCAB, state)
     initialize(net, seed=1)
     model = wrap_data_parallel(net, layout)
-    optimizer = build_optimizer(model, TRAIN, layout, bf16=False)
+    optimizer = build_optimizer([model], TRAIN, layout, bf16=False)
     inputs, labels = tokens()
 
-    def microbatch_loss(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def chunk_step(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         loss = model(inputs, labels).value
-        return loss.sum(), torch.tensor(loss.numel(), dtype=torch.int32), None
+        return loss.sum(), torch.tensor(loss.numel(), dtype=torch.int32)
 
     def step() -> None:
-        zero_gradients(model, optimizer)
-        run_schedule(model, _forever(), microbatch_loss, num_microbatches=1)
-        update_parameters(model, optimizer, TRAIN.clip_grad, gradient_norm(optimizer))
+        zero_gradients([model], optimizer)
+        run_schedule([model], [model], _forever(), chunk_step, num_microbatches=1)
+        update_parameters([model], optimizer, TRAIN.clip_grad, gradient_norm(optimizer))
 
     return step
 

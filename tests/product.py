@@ -125,7 +125,7 @@ def loss_and_gradients(
     model.zero_grad(set_to_none=True)
     loss = model(tokens.to(device), labels.to(device), **there).value.mean()
     loss.backward()
-    return loss.detach().cpu(), gather_by_name(model, state, "grad")
+    return loss.detach().cpu(), gather_by_name([model], state, "grad")
 
 
 def relative_differences(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,13 @@ from typing import Any
 from megatron_kvshare.checkpoint import folder as folders
 from megatron_kvshare.checkpoint.manifest import Manifest, Progress, check_identity, read_manifest
 from megatron_kvshare.checkpoint.random_state import set_random_state
-from megatron_kvshare.checkpoint.save import RANDOM_STATE
+from megatron_kvshare.checkpoint.save import RANDOM_STATE, sharded_weights
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api import dist_checkpoint
 from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer, reload_parameters
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.model.parameters import parameter_pieces
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def find_checkpoint(
     take_optimizer = not (settings.no_load_optim or settings.finetune)
     if take_optimizer:
         _check_optimizer(folder, manifest.optimizer_format, optimizer_format)
-    same_world = manifest.tensor_parallel * manifest.data_parallel == world_size
+    ranks = manifest.tensor_parallel * manifest.pipeline_parallel * manifest.data_parallel
+    same_world = ranks == world_size
     return Found(
         folder,
         manifest,
@@ -82,14 +83,14 @@ def _check_optimizer(folder: Path, stored: str | None, wanted: str) -> None:
 
 
 def load_checkpoint(
-    found: Found, model: KVShareGPT, optimizer: MegatronOptimizer, state: ParallelState
+    found: Found, models: Sequence[KVShareGPT], optimizer: MegatronOptimizer, state: ParallelState
 ) -> None:
-    """Fill ``model`` and ``optimizer`` from ``found``; all ranks call this.
+    """Fill ``models``, this rank's pipeline stages, and ``optimizer``; all ranks call this.
 
     Raises:
         CheckpointError: files are missing or damaged.
     """
-    weights = dist_checkpoint.sharded_model(model, parameter_pieces(model), state)
+    weights = sharded_weights(models, state)
     wanted: dict[str, Any] = {"model": weights}
     if found.take_optimizer:
         wanted["optimizer"] = dist_checkpoint.sharded_optimizer(optimizer, weights, loading=True)
@@ -101,7 +102,8 @@ def load_checkpoint(
         rule = f"it cannot be read: {error}"
         fix = f"write the number of another iter_* folder into {folders.TRACKER}"
         raise CheckpointError(Fault("--load", str(found.folder), rule, fix)) from error
-    dist_checkpoint.load_model(model, values["model"])
+    for model, stage in zip(models, weights, strict=True):
+        dist_checkpoint.load_model(model, values["model"][stage])
     if found.take_optimizer:
         dist_checkpoint.load_optimizer(optimizer, values["optimizer"])
     else:

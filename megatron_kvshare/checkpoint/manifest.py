@@ -13,7 +13,7 @@ from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe
 
 MANIFEST = "kvshare.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # The weights fit another value of these, so --finetune may change them; a resume may not.
 _CHANGED_BY_FINETUNE = {
@@ -54,6 +54,7 @@ class Manifest:
     optimizer_format: str | None
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    pipeline_parallel: int = 1
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ RANDOM_STATE = "random_state"
 def save_checkpoint(
     root: Path,
     manifest: Manifest,
-    model: KVShareGPT,
+    models: Sequence[KVShareGPT],
     optimizer: MegatronOptimizer | None,
     state: ParallelState,
 ) -> Path:
-    """Save weights, ``optimizer`` (None: leave it out) and random state; all ranks call this.
+    """Save the weights of ``models``, this rank's pipeline stages, ``optimizer`` (None: leave it
+    out) and random state; all ranks call this.
 
     Returns:
         The folder of the checkpoint.
@@ -39,7 +40,7 @@ def save_checkpoint(
     step = manifest.progress.step
     target = folders.iteration_folder(root, step)
     aside = Path(_on_first_rank(state, target, lambda: str(folders.begin(target))))
-    weights = dist_checkpoint.sharded_model(model, parameter_pieces(model), state)
+    weights = sharded_weights(models, state)
     generators = random_state(state.platform.device)
     content: dict[str, Any] = {
         "model": weights,
@@ -53,6 +54,16 @@ def save_checkpoint(
         raise _cannot_write(target, error) from error
     _on_first_rank(state, target, lambda: _complete(manifest, aside, target))
     return target
+
+
+def sharded_weights(models: Sequence[KVShareGPT], state: ParallelState) -> dict[str, Any]:
+    """What :mod:`dist_checkpoint` saves and loads, by stage; the names inside know no stages."""
+    return {
+        f"stage {model.stage.number}": dist_checkpoint.sharded_model(
+            model, parameter_pieces(model), state, model.copies
+        )
+        for model in models
+    }
 
 
 def _complete(manifest: Manifest, aside: Path, target: Path) -> None:

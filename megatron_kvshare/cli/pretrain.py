@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.pipeline import placement
 from megatron_kvshare.config.pretrain import (
     batch_layout,
     parse_pretrain,
@@ -59,6 +60,8 @@ def _train(config: PretrainConfig, argv: Sequence[str]) -> None:
     try:
         state = parallel.initialize(
             config.parallel.tensor_model_parallel_size,
+            config.parallel.pipeline_model_parallel_size,
+            placement(config.model, config.sharing, config.parallel).chunks,
             config.parallel.distributed_backend,
             config.parallel.distributed_timeout_minutes,
         )

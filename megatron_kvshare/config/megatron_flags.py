@@ -32,8 +32,11 @@ MegatronFlags = Mapping[str, Accepted | Refused]
 _ANY = Accepted(values=None)
 _ON = Accepted()
 _LLAMA = "leave it out: the model is Llama-shaped (RMSNorm, RoPE, SwiGLU, no biases)"
-_PP = Refused(
-    "pipeline stages are not supported yet", "leave it out; use tensor and data parallelism"
+_LAYOUT = Refused(
+    "uneven stages are written as a layout", "use --pipeline-model-parallel-layout, as in 8,8,7,7"
+)
+_VIRTUAL = Refused(
+    "virtual stages are given by their layers", "use --num-layers-per-virtual-pipeline-stage N"
 )
 _MOE = Refused("mixture of experts is not supported", "leave it out: every layer is dense")
 _FP16 = Refused("fp16 and its loss scaling are not supported", "use --bf16, or neither for fp32")
@@ -84,7 +87,9 @@ _ACCEPTED: dict[str, Accepted] = {
     "manual_gc_interval": _ANY,
     "expert_model_parallel_size": Accepted(("1",), "every layer is dense: there are no experts"),
     "expert_tensor_parallel_size": Accepted(("1",), "every layer is dense: there are no experts"),
-    "virtual_pipeline_model_parallel_size": Accepted(("1",), "there is one pipeline stage"),
+    "virtual_pipeline_model_parallel_size": Accepted(
+        ("1",), "virtual stages are given by --num-layers-per-virtual-pipeline-stage"
+    ),
 }
 
 _REFUSED: dict[str, Refused] = {
@@ -99,11 +104,9 @@ _REFUSED: dict[str, Refused] = {
     "moe_grouped_gemm": _MOE,
     "moe_token_dispatcher_type": _MOE,
     "moe_aux_loss_coeff": _MOE,
-    "num_layers_per_virtual_pipeline_stage": _PP,
-    "num_virtual_stages_per_pipeline_rank": _PP,
-    "pipeline_model_parallel_layout": _PP,
-    "decoder_first_pipeline_num_layers": _PP,
-    "decoder_last_pipeline_num_layers": _PP,
+    "num_virtual_stages_per_pipeline_rank": _VIRTUAL,
+    "decoder_first_pipeline_num_layers": _LAYOUT,
+    "decoder_last_pipeline_num_layers": _LAYOUT,
     "use_megatron_fsdp": Refused("FSDP is not supported", "use --use-distributed-optimizer"),
     "use_torch_fsdp2": Refused("FSDP is not supported", "use --use-distributed-optimizer"),
     "tp_comm_overlap": Refused(

@@ -162,7 +162,16 @@ class ParallelConfig:
     tensor_model_parallel_size: Count = 1
     """Processes that share each layer's weights."""
     pipeline_model_parallel_size: Count = 1
-    """Pipeline stages (only 1 for now)."""
+    """Processes that each hold some of the layers, one after another."""
+    num_layers_per_virtual_pipeline_stage: Count | None = None
+    """Cut each pipeline process's layers into virtual stages of this many layers (interleaved
+    schedule: smaller bubbles, more messages)."""
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of every stage: 8,8,7,7 or Megatron's Et*8|t*8|t*7|t*7L; left out: evenly many."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """In an even layout, the embedding takes the place of one layer."""
+    account_for_loss_in_pipeline_split: bool = False
+    """In an even layout, the output head takes the place of one layer."""
     context_parallel_size: Count = 1
     """Processes that share each sequence (only 1)."""
     sequence_parallel: bool = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
+from megatron_kvshare.config.pipeline import PIPELINE_RULES, microbatch_faults
 from megatron_kvshare.config.rule import Rule
 from megatron_kvshare.config.rules_model import (
     MODEL_RULES,
@@ -69,7 +70,11 @@ def parse_pretrain(argv: Sequence[str], environ: Mapping[str, str] = os.environ)
     """
 
     def processes_fit(config: PretrainConfig) -> list[Fault]:
-        return list(world_size_faults(config, world_size(config, environ)))
+        size = world_size(config, environ)
+        faults = list(world_size_faults(config, size))
+        if faults:
+            return faults
+        return list(microbatch_faults(config, batch_layout(config, size).num_microbatches))
 
     reads = (
         "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"
@@ -85,6 +90,7 @@ def parse_pretrain(argv: Sequence[str], environ: Mapping[str, str] = os.environ)
             *SHARING_RULES,
             *SOLVER_RULES,
             *PARALLEL_RULES,
+            *PIPELINE_RULES,
             subsets_fit_sequence_parallel,
             *RUN_RULES,
             processes,

@@ -163,18 +163,13 @@ def map_is_valid(config: HasSharing) -> Iterator[Fault]:
         yield from patterns.window_faults(built, config.sharing.window_size)
 
 
-@rule("pipeline_model_parallel_size context_parallel_size")
+@rule("context_parallel_size")
 def layout_is_supported(config: HasParallel) -> Iterator[Fault]:
-    """Only tensor, sequence and data parallelism are there."""
-    parallel = config.parallel
-    sizes = {
-        "--pipeline-model-parallel-size": parallel.pipeline_model_parallel_size,
-        "--context-parallel-size": parallel.context_parallel_size,
-    }
-    for flag, size in sizes.items():
-        if size > 1:
-            fix = f"use {flag} 1 and spread the model with --tensor-model-parallel-size"
-            yield Fault(flag, size, "it is not supported", fix)
+    """A sequence stays on one process."""
+    flag, size = "--context-parallel-size", config.parallel.context_parallel_size
+    if size > 1:
+        fix = f"use {flag} 1 and spread the model with --tensor-model-parallel-size"
+        yield Fault(flag, size, "it is not supported", fix)
 
 
 @rule(

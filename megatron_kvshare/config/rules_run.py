@@ -242,11 +242,16 @@ def _writable(flag: str, name: str, parent: bool = False) -> Iterator[Fault]:
 
 def world_size_faults(config: PretrainConfig, world_size: int) -> Iterator[Fault]:
     """What is wrong with running this configuration on ``world_size`` processes."""
-    size = config.parallel.tensor_model_parallel_size
+    tensor = config.parallel.tensor_model_parallel_size
+    size = tensor * config.parallel.pipeline_model_parallel_size
     if world_size % size:
-        rule_text = f"the number of processes, {world_size}, must be a multiple of it"
+        flag, value, what = "--tensor-model-parallel-size", tensor, "it"
+        if size != tensor:
+            flag, value = "--pipeline-model-parallel-size", size // tensor
+            what = f"{value} pipeline stages x {tensor} tensor-parallel processes"
+        rule_text = f"the number of processes, {world_size}, must be a multiple of {what}"
         fix = f"start with torchrun --nproc_per_node {multiples(world_size, size)}"
-        yield Fault("--tensor-model-parallel-size", size, rule_text, fix)
+        yield Fault(flag, value, rule_text, fix)
         return
     train, replicas = config.train, world_size // size
     step = train.micro_batch_size * replicas

@@ -62,16 +62,24 @@ def sharded_model(
     model: torch.nn.Module,
     pieces: Mapping[str, Sequence[PieceLike]],
     state: ParallelState,
+    copies: frozenset[str],
 ) -> dict[str, ShardedTensorFactory]:
-    """``local parameter name -> factory`` of the named tensors it holds, for save and load."""
+    """``local parameter name -> factory`` of the named tensors it holds, for save and load.
+
+    ``copies``: parameters that another pipeline stage saves too.
+    """
     return {
-        name: _sharded_parameter(name, parameter, pieces[name], state)
+        name: _sharded_parameter(name, parameter, pieces[name], state, name in copies)
         for name, parameter in model.named_parameters()
     }
 
 
 def _sharded_parameter(
-    name: str, parameter: torch.Tensor, pieces: Sequence[PieceLike], state: ParallelState
+    name: str,
+    parameter: torch.Tensor,
+    pieces: Sequence[PieceLike],
+    state: ParallelState,
+    is_copy: bool,
 ) -> ShardedTensorFactory:
     replicated = all(piece.dim is None for piece in pieces)
     return ShardedTensorFactory(
@@ -79,7 +87,7 @@ def _sharded_parameter(
         data=parameter,
         build_fn=partial(_split, name, pieces),
         merge_fn=partial(_merge, tuple(parameter.shape), pieces),
-        replica_id=(0, state.tp_rank if replicated else 0, state.dp_rank),
+        replica_id=(int(is_copy), state.tp_rank if replicated else 0, state.dp_rank),
     )
 
 

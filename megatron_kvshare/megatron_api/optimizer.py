@@ -7,7 +7,7 @@ The gradient is the sum over the global batch's tokens divided by their number (
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -24,6 +24,18 @@ from megatron_kvshare.megatron_api.linear import accumulate_in_place
 from megatron_kvshare.megatron_api.platform import cpu_mode
 
 __all__ = ["DistributedDataParallel", "MegatronOptimizer", "OptimizerParamScheduler"]
+
+
+Models = Sequence[DistributedDataParallel]
+"""The pipeline stages of this rank, wrapped for data parallelism."""
+
+
+def wrap_stages(models: Sequence[torch.nn.Module], parallel: ParallelConfig) -> Models:
+    """Wrap every stage of this rank, see :func:`wrap_data_parallel`."""
+    wrapped = [wrap_data_parallel(model, parallel) for model in models]
+    if parallel.overlap_grad_reduce and len(wrapped) > 1:
+        wrapped[0].config.no_sync_func = [model.no_sync for model in wrapped]
+    return wrapped
 
 
 def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> DistributedDataParallel:
@@ -46,7 +58,7 @@ def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> Dist
 
 
 def build_optimizer(
-    model: DistributedDataParallel, train: TrainConfig, parallel: ParallelConfig, bf16: bool
+    models: Models, train: TrainConfig, parallel: ParallelConfig, bf16: bool
 ) -> MegatronOptimizer:
     """AdamW with fp32 state; weights with one dimension (norms) are not decayed.
 
@@ -69,7 +81,7 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     with cpu_mode():
-        optimizer = get_megatron_optimizer(config, [model])
+        optimizer = get_megatron_optimizer(config, list(models))
     for inner in _inner_optimizers(optimizer):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
@@ -103,7 +115,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 @torch.no_grad()
 def update_parameters(
-    model: DistributedDataParallel,
+    models: Models,
     optimizer: MegatronOptimizer,
     clip_grad: float,
     grad_norm: float,
@@ -115,7 +127,8 @@ def update_parameters(
     """
     with cpu_mode():
         if 0 < clip_grad < grad_norm:
-            model.scale_gradients(clip_grad / (grad_norm + 1e-6))
+            for model in models:
+                model.scale_gradients(clip_grad / (grad_norm + 1e-6))
             optimizer.prepare_grads()
         optimizer.step_with_ready_grads()
 
@@ -127,21 +140,22 @@ def reload_parameters(optimizer: MegatronOptimizer) -> None:
 
 
 @contextlib.contextmanager
-def gathered_parameters(model: DistributedDataParallel) -> Iterator[None]:
+def gathered_parameters(models: Models) -> Iterator[None]:
     """Whole weights inside, to evaluate or save: with overlap they are gathered layer by layer."""
-    if not model.ddp_config.overlap_param_gather:
-        yield
-        return
-    model.disable_forward_pre_hook()
+    overlapping = [model for model in models if model.ddp_config.overlap_param_gather]
+    for model in overlapping:
+        model.disable_forward_pre_hook()
     try:
         yield
     finally:
-        model.enable_forward_pre_hook()
+        for model in overlapping:
+            model.enable_forward_pre_hook()
 
 
-def zero_gradients(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> None:
-    """Clear the gradient buffer and the optimizer's views of it."""
-    model.zero_grad_buffer()
+def zero_gradients(models: Models, optimizer: MegatronOptimizer) -> None:
+    """Clear the gradient buffers and the optimizer's views of them."""
+    for model in models:
+        model.zero_grad_buffer()
     with cpu_mode():
         optimizer.zero_grad()
 

@@ -15,16 +15,20 @@ from megatron_kvshare.megatron_api.platform import Platform, activate
 
 @dataclass(frozen=True)
 class ParallelState:
-    """This process's place in the job; ranks and sizes of the tensor- and data-parallel groups."""
+    """This process's place in the job: its rank in the tensor-, pipeline- and data-parallel groups
+    and their sizes."""
 
     platform: Platform
     rank: int
     world_size: int
     tp_rank: int
     tp_size: int
+    pp_rank: int
+    pp_size: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
 
     @property
@@ -33,7 +37,8 @@ class ParallelState:
         return self.rank == 0
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum ``tensor`` over the ranks of one forward, in place: all tensor- and data-parallel."""
+        """Sum ``tensor`` in place over the ranks that run the same layers: tensor- and
+        data-parallel."""
         return all_reduce_(all_reduce_(tensor, self.tp_group), self.dp_group)
 
 
@@ -54,14 +59,21 @@ def _start_process_group(platform: Platform, timeout: timedelta) -> None:
 
 
 def initialize(
-    tensor_parallel: int = 1, backend: str = "auto", timeout_minutes: float = 10.0
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    virtual_stages: int = 1,
+    backend: str = "auto",
+    timeout_minutes: float = 10.0,
 ) -> ParallelState:
-    """Start ``torch.distributed`` if nobody has, and megatron-core's groups for this layout."""
+    """Start ``torch.distributed`` if nobody has, and megatron-core's groups for this layout;
+    ``virtual_stages``: of each pipeline rank."""
     platform = activate(backend, launched_world()[2])
     if not dist.is_initialized():
         _start_process_group(platform, timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         create_gloo_process_groups=True,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
@@ -76,9 +88,12 @@ def current_state(platform: Platform) -> ParallelState:
         world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )
 

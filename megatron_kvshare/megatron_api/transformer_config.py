@@ -19,7 +19,7 @@ _NO_CUDA_GRAPHS: dict[str, Any] = {
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, device: torch.device
+    model: ModelConfig, parallel: ParallelConfig, device: torch.device, virtual_stages: int = 1
 ) -> TransformerConfig:
     """The settings megatron-core's linear layers, DDP, schedules and optimizer read.
 
@@ -54,5 +54,9 @@ def transformer_config(
             gradient_accumulation_fusion=False,
             bias_activation_fusion=False,
             calculate_per_token_loss=True,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+            # Batched, two ranks that are each other's previous and next mix up the directions.
+            batch_p2p_comm=parallel.pipeline_model_parallel_size != 2,
             **_NO_CUDA_GRAPHS,
         )

@@ -93,10 +93,17 @@ class SharedKVAttention(nn.Module):
         """This rank's key and value columns -> the KV heads its queries read, keys rotated."""
         heads = self.heads
         if heads.kv_heads_are_split:
-            # Ranks hold parts of a head and several read the same one: the gather's backward sums
-            # the gradients of all of them.
-            everyone = gather_last_dim(key_values).unflatten(-1, (heads.tp_size, 2, -1))
-            mine = heads.kv_head_of_rank * heads.head_dim
-            whole = everyone.transpose(2, 3).flatten(3)[..., mine : mine + heads.head_dim]
-            key_values = whole.flatten(2)
+            key_values = whole_head(key_values, heads)
         return KV(*split_heads(key_values, heads.head_dim, heads.kv_parts, context.rotary))
+
+
+def whole_head(key_values: torch.Tensor, heads: HeadLayout) -> torch.Tensor:
+    """``[s, b, 2 * part]``, this rank's columns of all keys and of all values -> ``[s, b, 2 * d]``,
+    the head that its queries read, where ranks share heads.
+
+    Several ranks read the same one: the gather's backward sums the gradients of all of them.
+    """
+    everyone = gather_last_dim(key_values).unflatten(-1, (heads.tp_size, 2, -1))
+    mine = heads.kv_head_of_rank * heads.head_dim
+    whole: torch.Tensor = everyone.transpose(2, 3).flatten(3)[..., mine : mine + heads.head_dim]
+    return whole.flatten(2)

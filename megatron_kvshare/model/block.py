@@ -24,27 +24,40 @@ from megatron_kvshare.model.specs import layer_spec
 from megatron_kvshare.model.sweep import RecomputePolicy, SweepOutput, SweepRunner
 from megatron_kvshare.model.tokens import join_tokens, split_tokens
 from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.placement import Stage
 from megatron_kvshare.sharing.plan import Carry, ExecutionPlan, Segment, Sweep
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
 """Adds a tensor over all ranks that run this forward together."""
 
 
+class StageTensors(NamedTuple):
+    """What crosses a cut between pipeline stages: hidden states ``[s, b, h]``, and keys and values
+    that layers above the cut read, by producer."""
+
+    hidden: torch.Tensor
+    kv: Mapping[int, KV]
+
+
 class BlockOutput(NamedTuple):
     """``residuals``: one row per sweep of each cyclic group, see
     :func:`megatron_kvshare.model.kv.residual`: ``[groups, most sweeps, 2]``, 0 for a sweep that
-    did not run."""
+    did not run here."""
 
-    hidden: torch.Tensor
+    leaving: StageTensors
     residuals: torch.Tensor | None
 
 
 class SharedKVBlock(nn.Module):
-    """All decoder layers and the final norm."""
+    """The decoder layers of one pipeline stage, and on the last one the final norm.
+
+    ``layers[i]`` is layer ``stage.first + i`` of the model.
+    """
 
     def __init__(
         self,
         sharing: SharingMap,
+        stage: Stage,
         heads: HeadLayout,
         model: ModelConfig,
         config: TransformerConfig,
@@ -52,40 +65,72 @@ class SharedKVBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.sharing = sharing
+        self.stage = stage
         self.heads = heads
         self.layers = nn.ModuleList(
             KVShareLayer(layer, sharing.is_producer(layer), heads, model, config)
-            for layer in range(sharing.num_layers)
+            for layer in stage.layers
         )
-        self.final_layernorm = layer_spec(model.transformer_impl).norm(
-            config.hidden_size, model.norm_epsilon, config.params_dtype, config.sequence_parallel
-        )
-        self.recompute = RecomputePolicy.of(model)
+        self.final_layernorm = None
+        if stage.predicts:
+            self.final_layernorm = layer_spec(model.transformer_impl).norm(
+                config.hidden_size,
+                model.norm_epsilon,
+                config.params_dtype,
+                config.sequence_parallel,
+            )
+        self.recompute = RecomputePolicy.of(model, stage.layers)
         self.sum_over_ranks = sum_over_ranks
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        entering: StageTensors,
         contexts: SequenceContexts,
         plan: ExecutionPlan,
         measure_residual: bool = False,
     ) -> BlockOutput:
-        """``[s, b, h]`` embeddings -> normed ``[s, b, h]``, by a plan of this block's map."""
+        """Embeddings or what the stage below made -> the same above, by a plan of this block's
+        map."""
         assert plan.map == self.sharing, "the plan is for another map"
-        runner = SweepRunner(self.layers, self.sharing, self.heads, self.recompute)
-        shared: dict[int, KV] = {}
-        residuals = []
-        for segment in plan.segments:
-            run = _SegmentRun(segment, hidden, shared, contexts, runner)
-            rows = run.all_sweeps(measure_residual, self.sum_over_ranks)
-            hidden = run.output.hidden
-            shared.update(run.leaving())
-            if measure_residual and segment.is_cyclic:
-                residuals.append(torch.stack(rows))
-        measured = None
-        if residuals:
-            measured = nn.utils.rnn.pad_sequence(residuals, batch_first=True)
-        return BlockOutput(self.final_layernorm(hidden), measured)
+        hidden, shared = entering.hidden, dict(entering.kv)
+        residuals = None
+        if measure_residual and plan.groups:
+            residuals = plan_residuals(plan, hidden.device)
+        for segment in plan.within(self.stage.layers):
+            output = self.run_segment(segment, hidden, shared, contexts, measure_residual)
+            hidden = output.leaving.hidden
+            shared.update(output.leaving.kv)
+            if residuals is not None and output.residuals is not None:
+                rows = output.residuals
+                residuals[plan.groups.index(segment), : len(rows)] = rows
+        leaving = {layer: shared[layer] for layer in self.stage.sends}
+        return BlockOutput(StageTensors(hidden, leaving), residuals)
+
+    @property
+    def runner(self) -> SweepRunner:
+        """Runs sweeps, or parts of them, over the layers of this stage."""
+        layers = dict(zip(self.stage.layers, self.layers, strict=True))
+        return SweepRunner(layers, self.sharing, self.heads, self.recompute)
+
+    def run_segment(
+        self,
+        segment: Segment,
+        hidden: torch.Tensor,
+        shared: Mapping[int, KV],
+        contexts: SequenceContexts,
+        measure_residual: bool = False,
+    ) -> BlockOutput:
+        """All sweeps of a segment that lies in this stage; ``residuals`` are its own rows."""
+        run = _SegmentRun(segment, hidden, shared, contexts, self.runner)
+        rows = run.all_sweeps(measure_residual, self.sum_over_ranks)
+        measured = torch.stack(rows) if rows and segment.is_cyclic and measure_residual else None
+        return BlockOutput(StageTensors(run.output.hidden, run.leaving()), measured)
+
+
+def plan_residuals(plan: ExecutionPlan, device: torch.device) -> torch.Tensor:
+    """Zeros, to be filled with the residuals of a plan's cyclic groups."""
+    size = (len(plan.groups), plan.most_sweeps, 2)
+    return torch.zeros(size, dtype=torch.float64, device=device)
 
 
 class _SegmentRun:
@@ -137,7 +182,8 @@ class _SegmentRun:
         mine, every = self.input.shape[0], self.contexts.whole.num_tokens
         assert mine == every or mine % sweep.stride == 0, "a rank's tokens are no whole subsets"
         outside = {layer: KVBlocks.of(kv, sweep.stride) for layer, kv in self._outside().items()}
-        parts = split_tokens(self.input, sweep.stride)
+        # Whole blocks of memory: every layer of a visit starts from its part.
+        parts = tuple(part.contiguous() for part in split_tokens(self.input, sweep.stride))
         return self.runner.run(sweep, parts, outside, carried, self.contexts)
 
     def _outside(self) -> dict[int, KV]:

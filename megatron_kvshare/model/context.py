@@ -75,6 +75,7 @@ class VisitContext:
             self.layout,
             query_positions=self._positions(self.offset),
             key_positions=torch.cat([self._positions(block) for block in range(known)]),
+            first_token=self.offset == 0,
         )
         return replace(subset.visibility(strict, window), grouped=True)
 
@@ -87,7 +88,6 @@ class SequenceContexts:
     """The contexts of one forward, made when a plan asks for them."""
 
     whole: VisitContext
-    dtype: torch.dtype
     _visits: dict[tuple[int, int], VisitContext] = field(default_factory=dict)
 
     def visit(self, stride: int, offset: int) -> VisitContext:
@@ -104,7 +104,7 @@ class SequenceContexts:
         return replace(
             self.whole,
             rotary=Rotary(*tables),
-            blockwise=queries >= _BLOCKWISE_FROM and has_block_kernel(layout.device, self.dtype),
+            blockwise=queries >= _BLOCKWISE_FROM and has_block_kernel(layout.device, layout.dtype),
             stride=stride,
             offset=offset,
             _seen={},
@@ -117,11 +117,10 @@ def sequence_contexts(
     window_size: int | None,
     layout: SequenceLayout,
     position_ids: torch.Tensor | None,
-    dtype: torch.dtype,
 ) -> SequenceContexts:
     """``position_ids`` ``[b, s]`` when documents restart their positions, else None for 0..s-1."""
     positions = position_ids
     if positions is None:
         positions = torch.arange(layout.length, device=layout.device)
-    tables = rotary(positions, config, dtype)
-    return SequenceContexts(VisitContext(tables, sharing, layout, window_size, False), dtype)
+    tables = rotary(positions, config, layout.dtype)
+    return SequenceContexts(VisitContext(tables, sharing, layout, window_size, False))

@@ -1,4 +1,5 @@
-"""The language model (L3): embedding, shared-KV decoder, output head, loss."""
+"""The language model (L3): embedding, shared-KV decoder, output head, loss; or one pipeline stage
+of it."""
 
 from __future__ import annotations
 
@@ -16,26 +17,30 @@ from megatron_kvshare.megatron_api.layers import (
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.megatron_api.platform import cpu_mode
 from megatron_kvshare.megatron_api.transformer_config import transformer_config
-from megatron_kvshare.model.block import SharedKVBlock
-from megatron_kvshare.model.context import sequence_contexts
+from megatron_kvshare.model.block import SharedKVBlock, StageTensors
+from megatron_kvshare.model.context import SequenceContexts, sequence_contexts
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.model.visibility import SequenceLayout
+from megatron_kvshare.sharing.placement import Placement, Stage
 from megatron_kvshare.sharing.plan import ExecutionPlan
 
 
 class ModelOutput(NamedTuple):
-    """``value``: fp32 loss per token ``[b, s]``, or logits ``[b, s, vocab / tp]`` without labels.
+    """``value``: fp32 loss per token ``[b, s]``, or logits ``[b, s, vocab / tp]`` without labels;
+    None below the last pipeline stage. ``leaving``: what the next stage needs, None on the last.
 
     ``residuals``: this rank's fp64 sums ``[groups, sweeps, 2]`` of
     :func:`megatron_kvshare.model.kv.residual`, or None.
     """
 
-    value: torch.Tensor
+    value: torch.Tensor | None
     residuals: torch.Tensor | None
+    leaving: StageTensors | None = None
 
 
 class KVShareGPT(nn.Module):
-    """A decoder for one tensor-parallel rank. ``plan`` carries the sharing map and its passes.
+    """A decoder for one tensor-parallel rank. ``plan`` carries the sharing map and its passes;
+    ``stage`` the part of the model that is here (left out: all of it).
 
     Weights are uninitialised memory until :func:`megatron_kvshare.model.parameters.initialize` or a
     checkpoint fills them. ``vocab_size`` is the true one; rows beyond it are padding that never
@@ -50,10 +55,12 @@ class KVShareGPT(nn.Module):
         vocab_size: int,
         state: ParallelState,
         window_size: int | None = None,
+        stage: Stage | None = None,
     ) -> None:
         super().__init__()
+        self.stage = stage or Placement.whole(plan.map).stages[0]
         device = state.platform.device
-        self.config = transformer_config(model, parallel, device)
+        self.config = transformer_config(model, parallel, device, self.stage.chunks)
         self.model_config = model
         self.plan = plan
         self.vocab_size = vocab_size
@@ -61,14 +68,28 @@ class KVShareGPT(nn.Module):
         self.heads = HeadLayout.of(model, state.tp_rank, state.tp_size)
         padded = model.padded_vocab_size(state.tp_size, vocab_size)
         tied = not model.untie_embeddings_and_output_weights
+        # The names megatron-core's gradient reduction looks for: a tied head on another stage than
+        # the embedding is a copy, kept equal by adding both gradients.
+        self.pre_process, self.post_process = self.stage.embeds, self.stage.predicts
+        self.share_embeddings_and_output_weights = tied
+        head_is_copy = tied and not self.stage.embeds
         with cpu_mode(), device:
-            self.embedding = VocabEmbedding(padded, model.hidden_size, self.config)
+            self.embedding = None
+            if self.stage.embeds:
+                self.embedding = VocabEmbedding(padded, model.hidden_size, self.config)
             self.decoder = SharedKVBlock(
-                plan.map, self.heads, model, self.config, state.sum_over_ranks
+                plan.map, self.stage, self.heads, model, self.config, state.sum_over_ranks
             )
-            self.output_layer = ColumnParallel(
-                model.hidden_size, padded, self.config, own_weight=not tied
-            )
+            self.output_layer = None
+            if self.stage.predicts:
+                own = not tied or head_is_copy
+                self.output_layer = ColumnParallel(
+                    model.hidden_size, padded, self.config, own_weight=own
+                )
+        if tied and self.stage.embeds != self.stage.predicts:
+            weight = self.shared_embedding_or_output_weight()
+            weight.shared_embedding = True  # type: ignore[attr-defined]
+            weight.shared = head_is_copy  # type: ignore[attr-defined]  # counted once in the norm
         local_rows = padded // state.tp_size
         self.true_columns = min(max(vocab_size - state.tp_rank * local_rows, 0), local_rows)
 
@@ -80,32 +101,66 @@ class KVShareGPT(nn.Module):
         document_ids: torch.Tensor | None = None,
         measure_residual: bool = False,
         plan: ExecutionPlan | None = None,
+        entering: StageTensors | None = None,
     ) -> ModelOutput:
         """Tokens, labels, positions and documents are ``[b, s]`` integers.
 
         ``position_ids`` None means 0..s-1. Tokens of different ``document_ids`` do not see each
-        other. ``plan``: another plan of the same map than the model's own.
+        other. ``plan``: another plan of the same map than the model's own. ``entering``: what the
+        stage below made, for all stages but the first.
         """
-        hidden = self.embedding(token_ids)
-        layout = SequenceLayout(token_ids.shape[1], token_ids.device, document_ids)
-        contexts = sequence_contexts(
-            self.model_config, self.plan.map, self.window_size, layout, position_ids, hidden.dtype
-        )
-        output = self.decoder(hidden, contexts, plan or self.plan, measure_residual)
-        logits = self._logits(output.hidden)
-        if labels is None:
-            return ModelOutput(logits.transpose(0, 1).contiguous().float(), output.residuals)
-        loss = vocab_parallel_cross_entropy(logits, labels.t().contiguous())
-        return ModelOutput(loss.t(), output.residuals)
+        if self.embedding is not None:
+            entering = StageTensors(self.embedding(token_ids), {})
+        assert entering is not None, "this pipeline stage needs what the one below made"
+        contexts = self.contexts(token_ids, position_ids, document_ids)
+        output = self.decoder(entering, contexts, plan or self.plan, measure_residual)
+        if self.output_layer is None:
+            return ModelOutput(None, output.residuals, output.leaving)
+        return ModelOutput(self.predict(output.leaving.hidden, labels), output.residuals)
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def contexts(
+        self,
+        token_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> SequenceContexts:
+        """Positions and visibility of a batch, for all layers."""
+        layout = SequenceLayout(
+            token_ids.shape[1], token_ids.device, self.config.params_dtype, document_ids
+        )
+        return sequence_contexts(
+            self.model_config, self.plan.map, self.window_size, layout, position_ids
+        )
+
+    def predict(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """Norm, head and loss over ``[s, b, h]``: fp32 ``[b, s]``, or logits without labels."""
+        assert self.output_layer is not None and self.decoder.final_layernorm is not None
+        logits = self._logits(self.output_layer, self.decoder.final_layernorm(hidden))
+        if labels is None:
+            return logits.transpose(0, 1).contiguous().float()
+        loss: torch.Tensor = vocab_parallel_cross_entropy(logits, labels.t().contiguous())
+        return loss.t()
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """Parameters that repeat one of another stage: a tied head apart from the embedding."""
+        owns = self.output_layer is not None and self.output_layer.weight is not None
+        tied = self.share_embeddings_and_output_weights
+        return frozenset({"output_layer.weight"} if tied and owns else ())
+
+    def _logits(self, head: ColumnParallel, hidden: torch.Tensor) -> torch.Tensor:
         """``[s, b, h] -> [s, b, vocab / tp]``; padded columns are -inf."""
-        own = self.output_layer.weight
-        logits = self.output_layer.project(hidden, self.embedding.weight if own is None else own)
+        weight = head.weight
+        if weight is None:
+            weight = self.shared_embedding_or_output_weight()
+        logits = head.project(hidden, weight)
         if self.true_columns < logits.shape[-1]:
             logits[..., self.true_columns :] = float("-inf")
         return logits
 
-    def set_input_tensor(self, input_tensor: object) -> None:
-        """Called by megatron-core's schedules; the whole model sits in one stage and embeds its own
-        input."""
+    def shared_embedding_or_output_weight(self) -> nn.Parameter:
+        """The weight of embedding and tied head that is on this stage, for megatron-core."""
+        owner = self.embedding or self.output_layer
+        assert owner is not None, "neither embedding nor head is on this stage"
+        weight: nn.Parameter = owner.weight
+        return weight

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,17 +87,21 @@ def parameter_pieces(model: KVShareGPT) -> dict[str, tuple[Piece, ...]]:
     """Local parameter name -> the pieces of full tensors it holds, top to bottom."""
     heads, hidden = model.heads, model.config.hidden_size
     split = _Splitter(heads.tp_rank, heads.tp_size)
-    embedding = model.embedding.weight
-    vocabulary = (model.vocab_size, embedding.shape[0], hidden)
-    pieces = {
-        "embedding.weight": (split.vocabulary("model.embed_tokens.weight", *vocabulary),),
-        "decoder.final_layernorm.weight": (Piece("model.norm.weight", (hidden,)),),
-    }
-    if model.output_layer.weight is not None:
-        pieces["output_layer.weight"] = (split.vocabulary("lm_head.weight", *vocabulary),)
-    for index, layer in enumerate(model.decoder.layers):
-        for name, parts in _layer_pieces(f"model.layers.{index}.", layer, split, hidden).items():
-            pieces[f"decoder.layers.{index}.{name}"] = parts
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    ends = {"embedding": "model.embed_tokens.weight", "output_layer": "lm_head.weight"}
+    if model.share_embeddings_and_output_weights:
+        ends["output_layer"] = ends["embedding"]
+    for end, name in ends.items():
+        weight = getattr(getattr(model, end), "weight", None)
+        if weight is not None:
+            part = split.vocabulary(name, model.vocab_size, weight.shape[0], hidden)
+            pieces[f"{end}.weight"] = (part,)
+    if model.decoder.final_layernorm is not None:
+        pieces["decoder.final_layernorm.weight"] = (Piece("model.norm.weight", (hidden,)),)
+    for local, layer in enumerate(model.decoder.layers):
+        prefix = f"model.layers.{model.stage.first + local}."
+        for name, parts in _layer_pieces(prefix, layer, split, hidden).items():
+            pieces[f"decoder.layers.{local}.{name}"] = parts
     assert pieces.keys() == dict(model.named_parameters()).keys(), "a parameter has no name"
     return pieces
 
@@ -167,24 +172,33 @@ _READERS: dict[str, Callable[[nn.Parameter], torch.Tensor]] = {
 
 
 def gather_by_name(
-    model: KVShareGPT, state: ParallelState, which: str = "weight"
+    models: Sequence[KVShareGPT], state: ParallelState, which: str = "weight"
 ) -> dict[str, torch.Tensor]:
     """Full tensors by name, on the CPU: ``which`` is ``weight`` or ``grad`` (megatron-core's
-    main_grad if there).
+    main_grad if there). ``models``: this rank's stages.
 
-    Collective over the tensor-parallel group; for verification, not for speed.
+    Collective over the tensor- and pipeline-parallel groups; for verification, not for speed.
     """
-    parameters = dict(model.named_parameters())
-    mine = {
-        piece.name: (piece, piece.of_local(_READERS[which](parameters[name])).cpu().clone())
+    mine = [
+        (piece, piece.of_local(_READERS[which](parameters[name])).cpu().clone())
+        for model in models
+        for parameters in (dict(model.named_parameters()),)
         for name, pieces in parameter_pieces(model).items()
         for piece in pieces
-    }
-    everyone: list[dict[str, tuple[Piece, torch.Tensor]]] = [mine] * state.tp_size
-    if state.tp_size > 1:
-        dist.all_gather_object(everyone, mine, group=state.tp_group)
-    full = {name: torch.zeros(p.shape, dtype=part.dtype) for name, (p, part) in mine.items()}
-    for rank in everyone:
-        for name, (piece, part) in rank.items():
-            piece.of_full(full[name]).copy_(part)
+    ]
+    full: dict[str, torch.Tensor] = {}
+    for piece, part in _of_everyone(mine, state):
+        if piece.name not in full:
+            full[piece.name] = torch.zeros(piece.shape, dtype=part.dtype)
+        piece.of_full(full[piece.name]).copy_(part)
     return full
+
+
+def _of_everyone(mine: list[Any], state: ParallelState) -> list[Any]:
+    """The lists of all ranks that hold one copy of the model, one after another."""
+    for group, size in ((state.tp_group, state.tp_size), (state.pp_group, state.pp_size)):
+        lists: list[list[Any]] = [mine] * size
+        if size > 1:
+            dist.all_gather_object(lists, mine, group=group)
+        mine = [each for one in lists for each in one]
+    return mine

@@ -43,7 +43,7 @@ class VisitOutput(NamedTuple):
 class SweepRunner:
     """Runs sweeps of any plan of ``sharing``; keeps nothing between two calls."""
 
-    layers: Sequence[KVShareLayer]
+    layers: Mapping[int, KVShareLayer]
     sharing: SharingMap
     heads: HeadLayout
     recompute: RecomputePolicy
@@ -67,7 +67,7 @@ class SweepRunner:
         for visit in sweep.visits:
             context = contexts.visit(sweep.stride, visit.offset)
             hidden = parts[visit.offset]
-            output = self._run_visit(visit, hidden, {**outside, **newest}, context)
+            output = self.run_visit(visit, hidden, {**outside, **newest}, context)
             outputs.append(output.hidden)
             for layer, own in output.produced.items():
                 newest[layer] = _renewed(newest, layer, own, context)
@@ -77,7 +77,7 @@ class SweepRunner:
             return SweepOutput(outputs[-1], newest, inputs)
         hidden = join_tokens(outputs)
         for step in sweep.finish:
-            hidden = self._finish(step, hidden, newest, contexts)
+            hidden = self.finish(step, hidden, newest, contexts)
         return SweepOutput(hidden, newest, inputs)
 
     def projected(
@@ -88,10 +88,10 @@ class SweepRunner:
         pairs = zip(inputs, visits, strict=True)
         return KVBlocks(tuple(self.layers[layer].key_values(x, visit) for x, visit in pairs))
 
-    def _run_visit(
+    def run_visit(
         self, visit: Visit, hidden: torch.Tensor, kv: KVState, context: VisitContext
     ) -> VisitOutput:
-        """``kv``: all there is to read when the visit begins."""
+        """Steps of one visit; ``kv``: all there is to read when it begins."""
         produced: dict[int, KV] = {}
         inputs: dict[int, torch.Tensor] = {}
 
@@ -162,7 +162,7 @@ class SweepRunner:
         shape = (context.num_tokens, hidden.shape[1], self.heads.local_kv_heads)
         return KV(*hidden.new_zeros(2, *shape, self.heads.head_dim).unbind())
 
-    def _finish(
+    def finish(
         self, step: LayerStep, hidden: torch.Tensor, kv: KVState, contexts: SequenceContexts
     ) -> torch.Tensor:
         """A step for all tokens after the visits; it reads whole keys and values."""
@@ -172,7 +172,7 @@ class SweepRunner:
         def run(hidden: torch.Tensor) -> torch.Tensor:
             return layer.read_own(hidden, contexts.whole, own)
 
-        recomputed = step.layer < self.recompute.recomputed_layers
+        recomputed = self.recompute.includes(step)
         if recomputed and torch.is_grad_enabled():
             return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
         return run(hidden)
@@ -210,23 +210,27 @@ def _renewed(kv: KVState, producer: int, own: KV, context: VisitContext) -> KVBl
 
 
 class RecomputePolicy(NamedTuple):
-    """Which layers are recomputed in backward (``--recompute-granularity full``), in which
-    chunks."""
+    """Which layers of a stage are recomputed in backward (``--recompute-granularity full``), in
+    which chunks: those below layer ``stop``."""
 
     layers_per_chunk: int
-    recomputed_layers: int
+    stop: int
 
     @classmethod
-    def of(cls, model: ModelConfig) -> RecomputePolicy:
+    def of(cls, model: ModelConfig, layers: range) -> RecomputePolicy:
+        """As in Megatron, ``--recompute-num-layers`` counts in each stage."""
         if model.recompute_granularity != "full":
-            return cls(model.num_layers, 0)
+            return cls(len(layers), layers.start)
         if model.recompute_method == "block":
-            return cls(1, model.recompute_num_layers or model.num_layers)
-        return cls(model.recompute_num_layers or 1, model.num_layers)
+            return cls(1, layers.start + (model.recompute_num_layers or len(layers)))
+        return cls(model.recompute_num_layers or 1, layers.stop)
+
+    def includes(self, step: LayerStep) -> bool:
+        return step.layer < self.stop
 
     def chunks(self, steps: tuple[LayerStep, ...]) -> Iterator[tuple[tuple[LayerStep, ...], bool]]:
         """Consecutive steps that run as one unit, and whether that unit is recomputed."""
-        inside = [step for step in steps if step.layer < self.recomputed_layers]
+        inside = [step for step in steps if self.includes(step)]
         for start in range(0, len(inside), self.layers_per_chunk):
             yield tuple(inside[start : start + self.layers_per_chunk]), True
         if len(inside) < len(steps):

@@ -202,7 +202,7 @@ def _sweeps(plan: ExecutionPlan) -> Iterator[tuple[Segment, Sweep]]:
 def train_flops_per_token(shape: ModelShape, plan: ExecutionPlan) -> float:
     """Forward and backward of all layers and the head, per token of a batch, optimizer left out."""
     layers = _layer_flops(shape, plan, gradient_weight=_TRAIN_OVER_FORWARD)
-    return layers + _TRAIN_OVER_FORWARD * _head_flops(shape)
+    return layers + _TRAIN_OVER_FORWARD * head_flops(shape)
 
 
 def train_step_flops(shape: ModelShape, plan: ExecutionPlan, tokens: int) -> float:
@@ -214,14 +214,21 @@ def train_step_flops(shape: ModelShape, plan: ExecutionPlan, tokens: int) -> flo
 def prefill_flops(shape: ModelShape, plan: ExecutionPlan) -> float:
     """A prompt of ``seq_length`` tokens through the plan's passes; the head for its last token."""
     layers = _layer_flops(shape, plan, gradient_weight=1)
-    return shape.seq_length * layers + _head_flops(shape)
+    return shape.seq_length * layers + head_flops(shape)
 
 
 def _layer_flops(shape: ModelShape, plan: ExecutionPlan, gradient_weight: int) -> float:
+    return sum(segment_flops(shape, plan.map, each, gradient_weight) for each in plan.segments)
+
+
+def segment_flops(
+    shape: ModelShape, map: SharingMap, segment: Segment, gradient_weight: int
+) -> float:
+    """All sweeps of a segment, per token; those with gradient count ``gradient_weight`` times."""
     return sum(
-        sweep_flops(shape, plan.map, sweep) * (gradient_weight if sweep.gradient else 1)
+        sweep_flops(shape, map, sweep) * (gradient_weight if sweep.gradient else 1)
         + _carry_flops(shape, sweep, gradient_weight)
-        for _, sweep in _sweeps(plan)
+        for sweep in segment.sweeps
     )
 
 
@@ -245,10 +252,11 @@ def _carry_flops(shape: ModelShape, sweep: Sweep, gradient_weight: int) -> float
     weight = gradient_weight if sweep.gradient else 1
     if sweep.carry is Carry.PROJECTED:  # its input is a constant: backward is one product
         weight = min(weight, 2)
-    return weight * len(sweep.carried) * _kv_projection_flops(shape)
+    return weight * len(sweep.carried) * kv_projection_flops(shape)
 
 
-def _kv_projection_flops(shape: ModelShape) -> float:
+def kv_projection_flops(shape: ModelShape) -> float:
+    """Keys and values of one producer, forward per token."""
     return _FLOPS_PER_MAC * 2 * shape.hidden_size * shape.kv_width
 
 
@@ -260,7 +268,7 @@ def step_flops(
     ``visible``: keys a query sees on average; left out: those of all tokens.
     """
     if step.mode is StepMode.KV_ONLY:
-        return _kv_projection_flops(shape)
+        return kv_projection_flops(shape)
     flops: float = _FLOPS_PER_MAC * 3 * shape.hidden_size * shape.ffn_hidden_size
     if step.mode is StepMode.NO_ATTENTION:
         return flops
@@ -269,7 +277,7 @@ def step_flops(
     projects = step.mode is StepMode.OWN_INPUT or (
         step.mode is StepMode.FULL and map.is_producer(step.layer)
     )
-    return flops + (_kv_projection_flops(shape) if projects else 0)
+    return flops + (kv_projection_flops(shape) if projects else 0)
 
 
 def _mean_visible_in_visit(
@@ -319,5 +327,6 @@ def mean_visible_tokens(shape: ModelShape, map: SharingMap, layer: int) -> float
     return visible / shape.seq_length
 
 
-def _head_flops(shape: ModelShape) -> int:
+def head_flops(shape: ModelShape) -> int:
+    """The output head, forward per token."""
     return _FLOPS_PER_MAC * shape.vocab_size * shape.hidden_size

@@ -9,7 +9,7 @@ from megatron_kvshare.sharing import cost
 from megatron_kvshare.sharing.cost import Costs, ModelShape
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.plan import ExecutionPlan, Segment, StepMode, Sweep
-from megatron_kvshare.sharing.solver import RECIPES, solver_plan
+from megatron_kvshare.sharing.solver import CONVERGED_PREFILL, RECIPES, solver_plan
 
 _BRACKET = {"first": "╭", "inside": "│", "last": "╰", "up": "↑", "down": "↓"}
 _BRACKET_ASCII = {"first": "+", "inside": "|", "last": "+", "up": "up", "down": "down"}
@@ -149,6 +149,9 @@ def recipe_table(shape: ModelShape, map: SharingMap) -> Table:
         numbers = (its.train_flops_ratio, its.train_work, its.prefill_flops_ratio)
         cells = [f"{number:.2f} x" for number in (*numbers, its.sequential_depth)]
         table.add_row(name, str(recipe), *cells)
+    converged = cost.costs(shape, solver_plan(map, CONVERGED_PREFILL))
+    work = (f"{converged.prefill_flops_ratio:.2f} x", f"{converged.sequential_depth:.2f} x")
+    table.add_row("converged prefill", str(CONVERGED_PREFILL), "", "", *work)
     return table
 
 

@@ -7,7 +7,7 @@ makes plans.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from megatron_kvshare.sharing.map import SharingMap
@@ -104,6 +104,20 @@ class Segment:
     def num_layers(self) -> int:
         return self.last - self.first + 1
 
+    def within(self, layers: range) -> Segment | None:
+        """The part that lies in ``layers``; a cyclic group cannot be cut."""
+        first, last = max(self.first, layers.start), min(self.last, layers.stop - 1)
+        if first > last:
+            return None
+        if (first, last) == (self.first, self.last):
+            return self
+        assert not self.is_cyclic, "a cyclic group spans stages"
+        (sweep,) = self.sweeps
+        (visit,) = sweep.visits
+        steps = tuple(step for step in visit.steps if step.layer in layers)
+        part = replace(sweep, visits=(replace(visit, steps=steps),))
+        return Segment(first, last, (part,))
+
 
 @dataclass(frozen=True)
 class ExecutionPlan:
@@ -116,3 +130,13 @@ class ExecutionPlan:
     def groups(self) -> tuple[Segment, ...]:
         """The cyclic segments, bottom to top."""
         return tuple(segment for segment in self.segments if segment.is_cyclic)
+
+    @property
+    def most_sweeps(self) -> int:
+        """Of any cyclic group."""
+        return max((len(segment.sweeps) for segment in self.groups), default=0)
+
+    def within(self, layers: range) -> tuple[Segment, ...]:
+        """What a pipeline stage with these layers runs."""
+        parts = (segment.within(layers) for segment in self.segments)
+        return tuple(part for part in parts if part is not None)

@@ -140,6 +140,19 @@ def recipe_name(recipe: Recipe) -> str:
     return f"{names[0] if names else ''}{recipe}"
 
 
+class Prefill(StrEnum):
+    """What the prompt is computed with before decoding, which is exact."""
+
+    TRAINED = "trained"  # the recipe the model was trained with
+    CONVERGED = "converged"  # CONVERGED_PREFILL: the loss of exact, for less than twice the work
+    EXACT = "exact"  # sweeps until nothing moves
+
+
+CONVERGED_PREFILL = Recipe(solver=Solver.STRIDED, stride=4, forward_passes=1, backward_passes=1)
+"""Two sweeps over four subsets: of the plans that ``benchmarks/solvers.py`` measures, the fastest
+whose loss differs from exact by less than 0.001 (docs/solvers.md)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
     """Sweeps without gradient go on until the KV residual is at most ``residual``.
@@ -190,6 +203,19 @@ def exact_plan(
     recipe = Recipe(solver=solver, stride=stride, forward_passes=1, backward_passes=1)
     most = max(1, -(-length // stride) - 1)
     return solver_plan(map, recipe, Tolerance(residual=residual, least=1, most=most))
+
+
+def prefill_plan(
+    map: SharingMap, prefill: Prefill, trained: Recipe, length: int, residual: float
+) -> ExecutionPlan:
+    """How a prompt of ``length`` tokens is computed; ``residual``: see :func:`exact_plan`."""
+    match prefill:
+        case Prefill.TRAINED:
+            return solver_plan(map, trained)
+        case Prefill.CONVERGED:
+            return solver_plan(map, CONVERGED_PREFILL)
+        case Prefill.EXACT:
+            return exact_plan(map, length, residual)
 
 
 def jacobi_plan(

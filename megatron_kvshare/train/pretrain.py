@@ -41,7 +41,7 @@ def _metrics(run: Run) -> Metrics:
     if state.is_first:
         sinks = open_sinks(config)
         peak = config.log.peak_tflops or measured_peak_tflops(
-            state.platform.device, next(run.model.parameters()).dtype
+            state.platform.device, next(run.models[0].parameters()).dtype
         )
     flops = train_flops_per_token(run.shape, run.plan) / state.world_size
     return Metrics(sinks, config.train.train_iters, flops, peak)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,18 +11,25 @@ from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.pretrain import BatchLayout
 from megatron_kvshare.data.train_data import TrainData
 from megatron_kvshare.megatron_api.optimizer import (
-    DistributedDataParallel,
     MegatronOptimizer,
+    Models,
     OptimizerParamScheduler,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.pipeline.chunk import StageChunk
+from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
 
 
 @dataclass
 class Run:
-    """Built by :mod:`megatron_kvshare.train.setup`; the loop moves ``progress`` and ``saved``."""
+    """Built by :mod:`megatron_kvshare.train.setup`; the loop moves ``progress`` and ``saved``.
+
+    ``models``: the pipeline stages of this rank (one, unless there are virtual stages);
+    ``chunks``: the same as the schedules run them; ``spanning`` runs them instead where cyclic
+    groups span stages.
+    """
 
     config: PretrainConfig
     state: ParallelState
@@ -30,7 +38,9 @@ class Run:
     plan: ExecutionPlan
     evaluation_plan: ExecutionPlan
     data: TrainData
-    model: DistributedDataParallel
+    models: Models
+    chunks: Sequence[StageChunk]
+    spanning: SpanningPipeline | None
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     progress: Progress

@@ -14,6 +14,7 @@ from megatron_kvshare.checkpoint.manifest import Manifest, Progress, identity, o
 from megatron_kvshare.checkpoint.save import save_checkpoint
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.describe import as_dict
+from megatron_kvshare.config.pipeline import payload_shape, placement
 from megatron_kvshare.config.pretrain import BatchLayout, batch_layout
 from megatron_kvshare.config.shape import (
     evaluation_plan,
@@ -28,11 +29,13 @@ from megatron_kvshare.megatron_api.optimizer import (
     build_optimizer,
     build_scheduler,
     gathered_parameters,
-    wrap_data_parallel,
+    wrap_stages,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
+from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
+from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.together import together
 
@@ -67,24 +70,45 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
             config.checkpoint, _identity(config, vocabulary), kind, state.world_size
         )
     plan = execution_plan(config.model, config.sharing)
-    window = config.sharing.window_size
-    model = KVShareGPT(config.model, config.parallel, plan, vocabulary.size, state, window)
+    shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)
+    cut = placement(config.model, config.sharing, config.parallel)
+    models = [
+        KVShareGPT(
+            config.model,
+            config.parallel,
+            plan,
+            vocabulary.size,
+            state,
+            config.sharing.window_size,
+            stage,
+        )
+        for stage in cut.stages_of(state.pp_rank)
+    ]
     if found is None:
-        initialize(model, config.train.seed)
-    wrapped = wrap_data_parallel(model, config.parallel)
+        for model in models:
+            initialize(model, config.train.seed)
+    wrapped = wrap_stages(models, config.parallel)
     optimizer = build_optimizer(wrapped, config.train, config.parallel, config.model.bf16)
     if found is not None:
         with together(state):
-            load_checkpoint(found, model, optimizer, state)
+            load_checkpoint(found, models, optimizer, state)
+    payload = payload_shape(config, shape)
     return Run(
         config=config,
         state=state,
         layout=layout,
-        shape=model_shape(config.model, vocabulary.size, window),
+        shape=shape,
         plan=plan,
         evaluation_plan=evaluation_plan(config.model, config.sharing),
         data=data,
-        model=wrapped,
+        models=wrapped,
+        chunks=[
+            StageChunk(each, *stage_formats(cut, model.stage, payload, model.heads))
+            for each, model in zip(wrapped, models, strict=True)
+        ],
+        spanning=SpanningPipeline(cut, models, state, shape, payload)
+        if cut.spanning_groups
+        else None,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.train),
         progress=Progress() if found is None else found.progress,
@@ -120,6 +144,7 @@ def save(run: Run) -> None:
         identity=_identity(config, run.data.plan.request.vocabulary),
         progress=run.progress,
         tensor_parallel=state.tp_size,
+        pipeline_parallel=state.pp_size,
         data_parallel=state.dp_size,
         optimizer_format=None if optimizer is None else kind,
         config=as_dict(config),
@@ -130,5 +155,6 @@ def save(run: Run) -> None:
         },
     )
     root = Path(config.checkpoint.save)
-    with together(state), gathered_parameters(run.model):
-        run.saved = save_checkpoint(root, manifest, run.model.module, optimizer, state)
+    models = [model.module for model in run.models]
+    with together(state), gathered_parameters(run.models):
+        run.saved = save_checkpoint(root, manifest, models, optimizer, state)

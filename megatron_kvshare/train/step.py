@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,15 +16,29 @@ from megatron_kvshare.megatron_api.optimizer import (
     zero_gradients,
 )
 from megatron_kvshare.megatron_api.parallel import all_reduce_
-from megatron_kvshare.megatron_api.schedule import run_schedule
+from megatron_kvshare.megatron_api.schedule import finalize_gradients, run_schedule
 from megatron_kvshare.model.kv import relative_change
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.solver import exact_plan
+from megatron_kvshare.sharing.solver import Recipe, Solver, exact_plan, solver_plan
 from megatron_kvshare.train.guards import all_finite
 from megatron_kvshare.train.run import Run
 
 _EXACT_RESIDUAL_FP32, _EXACT_RESIDUAL_BF16 = 1e-6, 4e-3
 """KV that move by less have converged: about the rounding of one sweep."""
+
+
+_EXACT_ROUND_THE_PIPELINE = Recipe(
+    solver=Solver.STRIDED, stride=8, forward_passes=7, backward_passes=1
+)
+"""Where sweeps go round the pipeline their number is fixed; eight leave nothing to see in the loss
+(docs/solvers.md: four differ by 3e-6)."""
+
+
+class How(NamedTuple):
+    """The passes of a forward, and whether to measure how far each moves the shared KV."""
+
+    plan: ExecutionPlan
+    measure_residual: bool
 
 
 class StepResult(NamedTuple):
@@ -46,15 +60,15 @@ def train_step(
     run: Run, batches: Iterator[Batch], step: int, measure_residual: bool = False
 ) -> StepResult:
     """Forward and backward over one global batch, then AdamW unless something is NaN or Inf."""
-    zero_gradients(run.model, run.optimizer)
+    zero_gradients(run.models, run.optimizer)
     lr = set_learning_rate(run.scheduler, step)
-    how = {"measure_residual": measure_residual}
-    sums = _run_batches(run, batches, run.layout.num_microbatches, how)
+    how = How(run.plan, measure_residual)
+    sums = _run_batches(run, batches, run.layout.num_microbatches, how).sum(0)
     loss = _mean_loss(sums)
     grad_norm = gradient_norm(run.optimizer)
     finite = all_finite((loss, grad_norm), run.state)
     if finite:
-        update_parameters(run.model, run.optimizer, run.config.train.clip_grad, grad_norm)
+        update_parameters(run.models, run.optimizer, run.config.train.clip_grad, grad_norm)
     residuals = _residuals(run, sums[2:]) if measure_residual else ()
     return StepResult(loss, lr, grad_norm, residuals, skipped=not finite)
 
@@ -77,27 +91,41 @@ def evaluate(run: Run) -> Evaluation:
     """Loss by the passes of an evaluation, and how far it is from exact."""
     train, sharing = run.config.train, run.config.sharing
     gap_iters = min(sharing.kv_gap_iters, train.eval_iters) if run.plan.map.is_cyclic else 0
-    run.model.eval()
-    with gathered_parameters(run.model):
-        found = validate(run, run.evaluation_plan, train.eval_iters)
-        gap = _gap(run, gap_iters) if gap_iters else None
-    run.model.train()
-    return found._replace(kv_gap=gap)
+    for model in run.models:
+        model.eval()
+    with gathered_parameters(run.models):
+        rows = _validation_sums(run, run.evaluation_plan, train.eval_iters)
+        gap = None
+        if gap_iters:
+            first = rows[: gap_iters * run.layout.num_microbatches]
+            gap = validate(run, _exact_plan(run), gap_iters).loss - _mean_loss(first.sum(0))
+    for model in run.models:
+        model.train()
+    return _evaluation(run, run.evaluation_plan, rows)._replace(kv_gap=gap)
 
 
-def _gap(run: Run, batches: int) -> float:
+def _exact_plan(run: Run) -> ExecutionPlan:
     residual = _EXACT_RESIDUAL_BF16 if run.config.model.bf16 else _EXACT_RESIDUAL_FP32
+    if run.spanning:
+        return solver_plan(run.plan.map, _EXACT_ROUND_THE_PIPELINE)
     length, parallel = run.config.model.seq_length, run.config.parallel
     ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    exact = exact_plan(run.plan.map, length, residual, ranks)
-    return validate(run, exact, batches).loss - validate(run, run.evaluation_plan, batches).loss
+    return exact_plan(run.plan.map, length, residual, ranks)
 
 
 def validate(run: Run, plan: ExecutionPlan, batches: int) -> Evaluation:
     """The first global batches of the validation split, by ``plan``; no gradient, no gap."""
+    return _evaluation(run, plan, _validation_sums(run, plan, batches))
+
+
+def _validation_sums(run: Run, plan: ExecutionPlan, batches: int) -> torch.Tensor:
     count = batches * run.layout.num_microbatches
-    how = {"plan": plan, "measure_residual": bool(plan.groups)}
-    sums = _run_batches(run, run.data.valid_batches(), count, how, forward_only=True)
+    how = How(plan, bool(plan.groups))
+    return _run_batches(run, run.data.valid_batches(), count, how, forward_only=True)
+
+
+def _evaluation(run: Run, plan: ExecutionPlan, rows: torch.Tensor) -> Evaluation:
+    sums = rows.sum(0)
     return Evaluation(_mean_loss(sums), None, _residuals(run, sums[2:]) if plan.groups else ())
 
 
@@ -105,27 +133,79 @@ def _run_batches(
     run: Run,
     batches: Iterator[Batch],
     count: int,
-    how: dict[str, Any],
+    how: How,
     forward_only: bool = False,
 ) -> torch.Tensor:
-    """fp64 sums over all ranks' batches: token losses, unmasked tokens, residuals; ``how``: further
-    arguments of the model."""
+    """fp64 sums over ranks, a row for each microbatch: token losses, unmasked tokens, residuals."""
+    there = (_to_device(batch, run.state.platform.device) for batch in batches)
+    passes = _by_tasks if run.spanning else _by_schedule
+    sums = passes(run, there, count, how, forward_only)
+    return all_reduce_(all_reduce_(sums, run.state.dp_group), run.state.pp_group)
 
-    def microbatch_loss(
-        batch: Batch, model: torch.nn.Module
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch = _to_device(batch, run.state.platform.device)
-        output = model(batch.tokens, batch.labels, batch.position_ids, batch.document_ids, **how)
-        counted = batch.loss_mask > 0
-        losses = torch.where(counted, output.value, 0.0)
-        num_tokens = counted.sum()
-        sums = [losses.detach().double().sum(), num_tokens.double()]
-        if output.residuals is not None:
-            sums += output.residuals.flatten().unbind()
-        return losses.sum(), num_tokens.int(), torch.stack(sums)
 
-    results = run_schedule(run.model, batches, microbatch_loss, count, forward_only)
-    return all_reduce_(torch.stack(results).sum(0), run.state.dp_group)
+def _by_schedule(
+    run: Run, batches: Iterator[Batch], count: int, how: How, forward_only: bool
+) -> torch.Tensor:
+    """Stages one after another, by megatron-core's schedules."""
+    rows: dict[torch.nn.Module, list[torch.Tensor]] = {chunk: [] for chunk in run.chunks}
+
+    def chunk_step(batch: Batch, chunk: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        output, payload = chunk(
+            batch.tokens,
+            batch.labels,
+            batch.position_ids,
+            batch.document_ids,
+            measure_residual=how.measure_residual,
+            plan=how.plan,
+        )
+        if payload is not None:  # a stage below the last has no loss
+            nothing = payload.new_zeros((), dtype=torch.float64)
+            rows[chunk].append(_row(nothing, nothing, output.residuals))
+            return payload, nothing.int()
+        losses, num_tokens = _counted(batch, output.value)
+        rows[chunk].append(_row(losses.detach().double().sum(), num_tokens, output.residuals))
+        return losses.sum(), num_tokens.int()
+
+    cuts = [chunk.cuts for chunk in run.chunks]
+    run_schedule(run.chunks, run.models, batches, chunk_step, count, cuts, forward_only)
+    return torch.stack([torch.stack(each) for each in rows.values()]).sum(0)
+
+
+def _by_tasks(
+    run: Run, batches: Iterator[Batch], count: int, how: How, forward_only: bool
+) -> torch.Tensor:
+    """Cyclic groups round the pipeline, by the tasks of their sweeps."""
+    assert run.spanning is not None
+    nothing = torch.zeros((), dtype=torch.float64, device=run.state.platform.device)
+    sums = [(nothing, nothing)] * count
+    numbers = iter(range(count))
+
+    def loss_of(batch: Batch, value: torch.Tensor) -> torch.Tensor:
+        losses, num_tokens = _counted(batch, value)
+        sums[next(numbers)] = (losses.detach().double().sum(), num_tokens)
+        return losses.sum()
+
+    residuals = run.spanning.run(
+        how.plan, batches, count, loss_of, how.measure_residual, forward_only
+    )
+    if not forward_only:
+        num_tokens = torch.stack([tokens for _, tokens in sums]).sum()
+        finalize_gradients(run.models, num_tokens.int())
+    pairs = zip(sums, residuals, strict=True)
+    return torch.stack([_row(*each, moved) for each, moved in pairs])
+
+
+def _counted(batch: Batch, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of the tokens that count, 0 for the others, and how many count."""
+    counted = batch.loss_mask > 0
+    return torch.where(counted, value, 0.0), counted.sum()
+
+
+def _row(
+    loss: torch.Tensor, num_tokens: torch.Tensor, residuals: torch.Tensor | None
+) -> torch.Tensor:
+    sums = [loss, num_tokens.double()]
+    return torch.stack(sums if residuals is None else [*sums, *residuals.flatten().unbind()])
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -22,6 +22,7 @@ from megatron_kvshare.config import (
     TrainConfig,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import gather_by_name
 from megatron_kvshare.model.sweep import SweepRunner
 from megatron_kvshare.train import step
@@ -76,12 +77,20 @@ class Case:
             parallel=ParallelConfig(
                 tensor_model_parallel_size=layout.tensor,
                 sequence_parallel=layout.sequence_parallel,
+                pipeline_model_parallel_size=layout.pipeline,
+                num_layers_per_virtual_pipeline_stage=_virtual_layers(model, layout),
                 **self.parallel,
             ),
             data=DataConfig(mock_data=True, **self.data),
             train=TrainConfig(**train),
             log=LogConfig(),
         )
+
+
+def _virtual_layers(model: dict[str, Any], layout: Layout) -> int | None:
+    if layout.virtual == 1:
+        return None
+    return model["num_layers"] // layout.pipeline // layout.virtual
 
 
 class Trained(NamedTuple):
@@ -95,8 +104,7 @@ class Trained(NamedTuple):
 def train(state: ParallelState, layout: Layout, case: Case) -> Trained:
     """Run the case's optimizer steps."""
     run = prepare(case.config(layout), state)
-    model = run.model.module
-    initial_weights = gather_by_name(model, state, "weight")
+    initial_weights = gather_by_name(stages(run), state, "weight")
     batches = run.data.train_batches(0)
     losses = [train_step(run, batches, 1).loss]
     gradients = finished_gradients(run)
@@ -107,15 +115,21 @@ def train(state: ParallelState, layout: Layout, case: Case) -> Trained:
 def finished_gradients(run: Run) -> dict[str, Tensor]:
     """Gradients of the global batch; the distributed optimizer leaves each rank a part of them."""
     if run.config.parallel.use_distributed_optimizer:
-        for buffer in run.model.buffers:
-            for bucket in buffer.buckets:
-                parts = list(bucket.grad_data.chunk(run.state.dp_size))
-                mine = parts[run.state.dp_rank].clone()
-                dist.all_gather(parts, mine, group=run.state.dp_group)
+        buckets = [
+            bucket for model in run.models for buffer in model.buffers for bucket in buffer.buckets
+        ]
+        for bucket in buckets:
+            parts = list(bucket.grad_data.chunk(run.state.dp_size))
+            mine = parts[run.state.dp_rank].clone()
+            dist.all_gather(parts, mine, group=run.state.dp_group)
     return {
         name: gradient.clone()
-        for name, gradient in gather_by_name(run.model.module, run.state, "grad").items()
+        for name, gradient in gather_by_name(stages(run), run.state, "grad").items()
     }
+
+
+def stages(run: Run) -> list[KVShareGPT]:
+    return [model.module for model in run.models]
 
 
 def train_without_one_consumer(

@@ -29,23 +29,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks of one job: data-parallel size times tensor-parallel size of them."""
+    """Ranks of one job: data- times tensor- times pipeline-parallel size of them."""
 
     tensor: int = 1
     data: int = 1
     sequence_parallel: bool = False
+    pipeline: int = 1
+    virtual: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.data
+        return self.tensor * self.data * self.pipeline
 
     @property
-    def groups(self) -> tuple[int, int]:
+    def groups(self) -> tuple[int, ...]:
         """What the parallel groups depend on."""
-        return self.tensor, self.data
+        return self.tensor, self.data, self.pipeline, self.virtual
 
     def __str__(self) -> str:
-        return f"tp{self.tensor}{'-sp' * self.sequence_parallel}-dp{self.data}"
+        stages = f"-pp{self.pipeline}-vpp{self.virtual}" * (self.pipeline > 1)
+        return f"tp{self.tensor}{'-sp' * self.sequence_parallel}-dp{self.data}{stages}"
 
 
 class WorkerError(RuntimeError):
@@ -59,7 +62,7 @@ class World:
         self.size = size
         self._environment = environment or {}
         self._workers: list[tuple[SpawnProcess, Connection]] = []
-        self._groups: tuple[int, int] | None = None
+        self._groups: tuple[int, ...] | None = None
 
     def run(
         self,
@@ -193,4 +196,4 @@ class Groups:
         torch.set_num_threads(1)
         parallel.destroy()
         os.environ.update({"WORLD_SIZE": str(layout.world_size), "MASTER_PORT": str(port)})
-        self.state = parallel.initialize(layout.tensor)
+        self.state = parallel.initialize(layout.tensor, layout.pipeline, layout.virtual)

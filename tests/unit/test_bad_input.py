@@ -69,7 +69,7 @@ SIZES = [
     (f"{MOCK} --num-query-groups 3", "--num-query-groups", "--num-query-groups 2"),
     (f"{MOCK} --kv-channels 5", "--kv-channels", "4 or 6"),
     (f"{MOCK} --tensor-model-parallel-size 3", "--num-attention-heads 4", "size 2"),
-    (f"{MOCK} --pipeline-model-parallel-size 2", "--pipeline-model-parallel-size", "size 1"),
+    (f"{MOCK} --pipeline-model-parallel-size 3", "do not divide", "layout 2,1,1"),
     (f"{MOCK} --micro-batch-size 3", "--global-batch-size", "--global-batch-size 3"),
     (f"{MOCK} --lr-warmup-iters 9", "--lr-warmup-iters", "--lr-warmup-iters 0"),
     (f"{MOCK} --min-lr 1", "--min-lr", "--min-lr 4e-05"),

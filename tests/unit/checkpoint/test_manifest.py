@@ -138,7 +138,7 @@ def test_damage_is_reported(saved: Path, damage: str) -> None:
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:50])
     else:
-        text = manifest.read_text().replace('"format_version": 2', '"format_version": 9')
+        text = manifest.read_text().replace('"format_version": 3', '"format_version": 9')
         manifest.write_text(text)
     with pytest.raises(CheckpointError, match="Fix: "):
         find(saved, identity_of())

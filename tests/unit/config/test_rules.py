@@ -64,7 +64,11 @@ WRONG = [
     ("--num-layers 4 --kv-map 0_0_1_3", "--kv-map", "KV layer"),
     ("--num-layers 4 --kv-map 0_1s_1s_3", "--window-size", "--window-size W"),
     ("--kv-pattern yoco", "--window-size", "--window-size W"),
-    ("--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size", "size 1"),
+    (
+        "--pipeline-model-parallel-size 2",
+        "--pipeline-model-parallel-size",
+        "--nproc_per_node 2",
+    ),
     ("--context-parallel-size 2", "--context-parallel-size", "size 1"),
     ("--overlap-param-gather", "--overlap-param-gather", "add --use-distributed-optimizer"),
     ("--global-batch-size 7 --micro-batch-size 2", "--global-batch-size", "6 or 8"),

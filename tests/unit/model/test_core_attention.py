@@ -55,7 +55,7 @@ SUBSETS = {
 def test_equals_explicit_masks(heads, strict, subset):
     for window, documents in itertools.product((None, 1, 2, 5, LENGTH, 99), (None, DOCUMENTS)):
         positions = SUBSETS[subset]
-        layout = SequenceLayout(LENGTH, CPU, documents, positions)
+        layout = SequenceLayout(LENGTH, CPU, torch.float32, documents, positions)
         chosen = torch.arange(LENGTH) if positions is None else positions
         inputs = random_inputs(heads, len(chosen))
         out = attend(inputs[0], KV(*inputs[1:]), layout.visibility(strict, window))
@@ -71,7 +71,7 @@ def test_equals_explicit_masks(heads, strict, subset):
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one", "packed"])
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_query_that_sees_nothing_gives_exactly_zero_and_finite_gradients(dtype, documents, window):
-    layout = SequenceLayout(LENGTH, CPU, documents)
+    layout = SequenceLayout(LENGTH, CPU, dtype, documents)
     query, key, value = random_inputs((4, 2), LENGTH, dtype)
     out = attend(query, KV(key, value), layout.visibility(True, window))
     out.float().square().sum().backward()

@@ -21,7 +21,7 @@ def test_names_and_shapes_are_those_of_llama_without_consumers_keys(sharing, unt
     weights = tiny.weights(sharing)
     model = tiny.model(sharing, single)
     load_by_name(model, weights)
-    back = gather_by_name(model, single, "weight")
+    back = gather_by_name([model], single, "weight")
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weight) for name, weight in weights.items())
     true_size = sum(weight.numel() for weight in weights.values())
@@ -42,7 +42,7 @@ def test_every_element_of_a_parameter_belongs_to_one_piece(single):
 def initial(tiny: Tiny, single, seed: int = 1, pattern: str = "standard", kv_layers=None) -> dict:
     model = tiny.model(build_map(8, pattern, kv_layers), single)
     initialize(model, seed)
-    return gather_by_name(model, single, "weight")
+    return gather_by_name([model], single, "weight")
 
 
 def test_initial_weights_have_the_configured_spread(single):

@@ -7,15 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_kvshare.errors import MapError
+from megatron_kvshare.sharing.cost import prefill_work
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import Carry, LayerStep, Segment, StepMode, Sweep
 from megatron_kvshare.sharing.solver import (
     RECIPES,
+    Prefill,
     Recipe,
     Solver,
     Start,
     Tolerance,
+    exact_plan,
+    prefill_plan,
     recipe_name,
     solver_plan,
 )
@@ -220,3 +224,12 @@ def test_every_read_is_served(
     """Also where sweeps are left out: all that may be, after ``run`` of them have run."""
     plan = solver_plan(sharing, recipe, tolerance, skip=skip)
     assert run_symbolically(plan, skippable_run=run) == set(sharing.producers)
+
+
+def test_prefill_plans():
+    sharing, trained = build_map(8, "sandwich-top", 3), RECIPES["cheapest"]
+    plans = {kind: prefill_plan(sharing, kind, trained, 64, 1e-6) for kind in Prefill}
+    assert plans[Prefill.TRAINED] == solver_plan(sharing, trained)
+    assert plans[Prefill.EXACT] == exact_plan(sharing, 64, 1e-6)
+    # The limit of the issue it was measured for: 1.7 times the layers of a standard prefill.
+    assert 1 < prefill_work(plans[Prefill.CONVERGED]) <= 1.7

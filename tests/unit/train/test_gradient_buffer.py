@@ -35,6 +35,6 @@ def test_equal_autograd(
         assert all(getattr(p, "adds_in_place", False) == wrapped for p in net.parameters())
         for _ in range(MICROBATCHES):
             model(tokens, labels).value.mean().backward()
-        return gather_by_name(net, single, "grad")
+        return gather_by_name([net], single, "grad")
 
     assert_close_by_name(gradients(wrapped=True), gradients(wrapped=False), 1e-6)

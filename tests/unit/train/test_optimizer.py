@@ -30,8 +30,8 @@ def test_clip(single: ParallelState, bf16: bool, sharded: bool, share: float) ->
     net = KVShareGPT(config, parallel, jacobi_plan(build_map(4, "lasagna-top", 2)), 40, single)
     initialize(net, seed=3)
     model = wrap_data_parallel(net, parallel)
-    optimizer = build_optimizer(model, TrainConfig(lr=1e-3), parallel, bf16)
-    zero_gradients(model, optimizer)
+    optimizer = build_optimizer([model], TrainConfig(lr=1e-3), parallel, bf16)
+    zero_gradients([model], optimizer)
     tokens = torch.randint(0, 40, (2, 16))
     model(tokens, tokens).value.mean().backward()
     model.finish_grad_sync()
@@ -46,5 +46,5 @@ def test_clip(single: ParallelState, bf16: bool, sharded: bool, share: float) ->
         return take_step()
 
     optimizer.step_with_ready_grads = observe
-    update_parameters(model, optimizer, share * norm, norm)
+    update_parameters([model], optimizer, share * norm, norm)
     assert stepped_with["norm"] == pytest.approx(min(share, 1.0) * norm, rel=1e-5)

@@ -1,0 +1,132 @@
+"""Forward and backward of a global batch where cyclic groups span pipeline stages (L4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.block import plan_residuals
+from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.tokens import subset_length
+from megatron_kvshare.pipeline.executor import StageExecutor
+from megatron_kvshare.pipeline.messages import Message, MessagePlan, Transport
+from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput
+from megatron_kvshare.sharing.cost import ModelShape
+from megatron_kvshare.sharing.order import Action, best_schedule
+from megatron_kvshare.sharing.placement import PayloadShape, Placement
+from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.task_cost import task_graph
+from megatron_kvshare.sharing.tasks import Key, Kind, Task
+
+LossOf = Callable[[Any, torch.Tensor], torch.Tensor]
+"""Batch and loss per token ``[b, s]`` -> the sum that is differentiated."""
+Ran = Callable[[Action, float, float], None]
+"""Told of every action with its start and end in seconds, to draw it."""
+
+
+@dataclass
+class SpanningPipeline:
+    """The stages of one rank, and the schedules that it has made so far, by plan and length."""
+
+    placement: Placement
+    models: Sequence[KVShareGPT]
+    state: ParallelState
+    shape: ModelShape
+    payload: PayloadShape
+    schedules: dict[tuple[Any, ...], MessagePlan] = field(default_factory=dict)
+
+    def message_plan(
+        self, plan: ExecutionPlan, microbatches: int, forward_only: bool
+    ) -> MessagePlan:
+        """Who runs what when, and what goes where; the same on all ranks."""
+        key = (plan, microbatches, forward_only)
+        if key not in self.schedules:
+            graph = task_graph(self.shape, plan, self.placement)
+            timed = best_schedule(graph, microbatches, forward_only)
+            order = [[each.action for each in rank] for rank in timed]
+            self.schedules[key] = MessagePlan(graph, order, forward_only)
+        return self.schedules[key]
+
+    def run(
+        self,
+        plan: ExecutionPlan,
+        batches: Iterator[Any],
+        microbatches: int,
+        loss_of: LossOf,
+        measure: bool = False,
+        forward_only: bool = False,
+    ) -> list[torch.Tensor | None]:
+        """Run all microbatches; returns the residuals of each as far as they arose on this rank.
+
+        Gradients are added to the weights' buffers; nothing is reduced over ranks.
+        """
+        messages = self.message_plan(plan, microbatches, forward_only)
+        executor = StageExecutor(
+            messages,
+            {model.stage.number: model for model in self.models},
+            Transport(messages, self.state.pp_group, self._buffer(messages)),
+            {key: self._shapes(task, key) for task in messages.graph.tasks for key in task.makes},
+            measure,
+        )
+        taken: list[tuple[Any, Microbatch]] = []
+        losses: dict[int, torch.Tensor] = {}
+        residuals = [
+            plan_residuals(plan, self.state.platform.device) if measure else None
+            for _ in range(microbatches)
+        ]
+        for action in messages.order[self.state.pp_rank]:
+            number = action.microbatch
+            while len(taken) <= number:
+                taken.append(self._microbatch(next(batches)))
+            if not action.forward:
+                executor.backward(action, losses.pop(number, None))
+                continue
+            batch, microbatch = taken[number]
+            task = messages.graph.tasks[action.task]
+            output = executor.forward(action, microbatch)
+            if output.loss is not None:
+                losses[number] = loss_of(batch, output.loss)
+            _add_residuals(residuals[number], plan, task, output)
+        executor.transport.finish()
+        return residuals
+
+    def _microbatch(self, batch: Any) -> tuple[Any, Microbatch]:
+        contexts = self.models[0].contexts(batch.tokens, batch.position_ids, batch.document_ids)
+        return batch, Microbatch(batch.tokens, batch.labels, contexts)
+
+    def _shapes(self, task: Task, key: Key) -> tuple[tuple[int, ...], ...]:
+        """Of the tensors of a value on this rank."""
+        heads, sequences = self.models[0].heads, self.payload.sequences
+        stride = task.the_sweep.stride if task.kind in (Kind.VISIT, Kind.CARRY) else 1
+        if key.what in ("kv", "carried"):
+            tokens = subset_length(self.payload.seq_length, stride, key.offset)
+            return ((tokens, sequences, heads.local_kv_heads, heads.head_dim),) * 2
+        rows = subset_length(self.payload.rows, stride, key.offset)
+        return ((rows, sequences, self.payload.hidden_size),)
+
+    def _buffer(self, messages: MessagePlan) -> Callable[[Message], torch.Tensor]:
+        dtype, device = self.models[0].config.params_dtype, self.state.platform.device
+
+        def buffer(message: Message) -> torch.Tensor:
+            task = messages.graph.tasks[message.maker]
+            shapes = [s for key in messages.keys(message) for s in self._shapes(task, key)]
+            elements = sum(torch.Size(shape).numel() for shape in shapes)
+            return torch.empty(elements, dtype=dtype, device=device)
+
+        return buffer
+
+
+def _add_residuals(
+    rows: torch.Tensor | None, plan: ExecutionPlan, task: Task, output: TaskOutput
+) -> None:
+    if rows is None or output.residuals is None or task.segment is None:
+        return
+    group = plan.groups.index(task.segment)
+    if task.kind is Kind.LAYERS:
+        rows[group, : len(output.residuals)] = output.residuals
+    else:
+        rows[group, task.sweep] += output.residuals

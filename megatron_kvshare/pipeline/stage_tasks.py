@@ -1,0 +1,144 @@
+"""What a task of :mod:`megatron_kvshare.sharing.tasks` computes, on the model stage it belongs to
+(L4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from megatron_kvshare.model.context import SequenceContexts
+from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.kv import KV, KVBlocks, residual
+from megatron_kvshare.model.tokens import join_tokens, split_tokens
+from megatron_kvshare.sharing.plan import Carry
+from megatron_kvshare.sharing.tasks import Key, Kind, Sources, Task
+
+Tensors = tuple[torch.Tensor, ...]
+Values = Mapping[Key, Tensors]
+"""Hidden states and inputs are one tensor, KV a key and a value."""
+
+
+class Microbatch(NamedTuple):
+    """What every stage knows of a microbatch: its tokens and labels ``[b, s]``, and contexts."""
+
+    token_ids: torch.Tensor
+    labels: torch.Tensor | None
+    contexts: SequenceContexts
+
+
+class TaskOutput(NamedTuple):
+    """``residual``: rows of the task's sweep and segment, of targets that were renewed here."""
+
+    made: Values
+    loss: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
+
+
+def run_task(
+    task: Task, model: KVShareGPT, microbatch: Microbatch, values: Values, measure: bool
+) -> TaskOutput:
+    """Compute what ``task`` makes of ``values``, under the caller's autograd mode."""
+    return _RUNNERS[task.kind](task, model, microbatch, values, measure)
+
+
+def _embed(task: Task, model: KVShareGPT, batch: Microbatch, *_: object) -> TaskOutput:
+    assert model.embedding is not None
+    return TaskOutput({task.makes[0]: (model.embedding(batch.token_ids),)})
+
+
+def _layers(
+    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
+) -> TaskOutput:
+    assert task.segment is not None
+    (hidden,) = values[task.hidden[0]]
+    shared = _whole(task.outside, values)
+    output = model.decoder.run_segment(task.segment, hidden, shared, batch.contexts, measure)
+    leaving = output.leaving
+    made: dict[Key, Tensors] = {}
+    for key in task.makes:
+        made[key] = tuple(leaving.kv[key.layer]) if key.what == "kv" else (leaving.hidden,)
+    return TaskOutput(made, residuals=output.residuals)
+
+
+def _carry(
+    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
+) -> TaskOutput:
+    stride = task.the_sweep.stride
+    made: dict[Key, Tensors] = {}
+    for producer, keys in task.kv.items():
+        parts = [part for key in keys if key is not None for part in values[key]]
+        if task.the_sweep.carry is Carry.GROUP_INPUT:
+            parts = list(split_tokens(parts[0], stride))
+        blocks = model.decoder.runner.projected(producer, parts, batch.contexts).known
+        mine = [key for key in task.makes if key.layer == producer]
+        made |= {key: tuple(block) for key, block in zip(mine, blocks, strict=True)}
+    return TaskOutput(made)
+
+
+def _visit(
+    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
+) -> TaskOutput:
+    assert task.segment is not None and task.visit is not None
+    stride, offset = task.the_sweep.stride, task.visit.offset
+    (hidden,) = values[task.hidden[0]]
+    if task.hidden[0].layer < task.segment.first:  # all tokens enter the group
+        hidden = split_tokens(hidden, stride)[offset].contiguous()
+    kv = {p: KVBlocks.of(whole, stride) for p, whole in _whole(task.outside, values).items()}
+    kv |= {producer: _blocks(keys, values) for producer, keys in task.kv.items()}
+    context = batch.contexts.visit(stride, offset)
+    output = model.decoder.runner.run_visit(task.visit, hidden, kv, context)
+    made: dict[Key, Tensors] = {}
+    for key in task.makes:
+        if key.what == "kv":
+            made[key] = tuple(output.produced[key.layer])
+        elif key.what == "input":
+            made[key] = (output.inputs[key.layer].detach(),)
+        else:
+            made[key] = (output.hidden,)
+    return TaskOutput(made, residuals=_moved(task, made, values) if measure else None)
+
+
+def _moved(task: Task, made: Values, values: Values) -> torch.Tensor | None:
+    """How far the visit moved the targets' KV."""
+    if not task.old:
+        return None
+    new = {key.layer: KVBlocks((KV(*made[key]),)) for key in task.makes if key.what == "kv"}
+    old = {p: KVBlocks((KV(*values[key]),)) for p, key in task.old.items() if key is not None}
+    return residual(new, old, task.old)
+
+
+def _finish(
+    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
+) -> TaskOutput:
+    (step,) = task.the_sweep.finish
+    hidden = join_tokens([values[key][0] for key in task.hidden])
+    kv = {producer: _blocks(keys, values) for producer, keys in task.kv.items()}
+    finished = model.decoder.runner.finish(step, hidden, kv, batch.contexts)
+    return TaskOutput({task.makes[0]: (finished,)})
+
+
+def _head(
+    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
+) -> TaskOutput:
+    (hidden,) = values[task.hidden[0]]
+    return TaskOutput({}, loss=model.predict(hidden, batch.labels))
+
+
+def _blocks(keys: tuple[Key | None, ...], values: Values) -> KVBlocks:
+    return KVBlocks(tuple(None if key is None else KV(*values[key]) for key in keys))
+
+
+def _whole(sources: Sources, values: Values) -> dict[int, KV]:
+    return {producer: _blocks(keys, values).whole() for producer, keys in sources.items()}
+
+
+_RUNNERS: dict[Kind, Callable[..., TaskOutput]] = {
+    Kind.EMBED: _embed,
+    Kind.LAYERS: _layers,
+    Kind.CARRY: _carry,
+    Kind.VISIT: _visit,
+    Kind.FINISH: _finish,
+    Kind.HEAD: _head,
+}
