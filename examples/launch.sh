@@ -10,9 +10,10 @@
 #   SAVE             folder for checkpoints; a run that finds one there continues (default: runs/NAME/checkpoint)
 #   TRAIN_ITERS      optimizer steps in total; the warm-up is a fraction of them
 #   TP               tensor-parallel size (default 1; above 1 with sequence parallelism)
+#   PP               pipeline-parallel size (default 1); VPP: virtual stages on each of its processes (default 1)
 #   GPUS_PER_NODE    default: all GPUs of this machine
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    several machines: start the script once on each
-#   NPROC            processes when there is no GPU (default 1, with a thread for each core)
+#   NPROC            processes when there is no GPU (default TP x PP, which share the cores)
 #   FULL_SIZE=1      without a GPU: keep the full-size model (to look at it with --dry-run)
 #
 # Without a GPU a small model of the same map family is trained (examples/configs/small.yaml).
@@ -22,7 +23,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 HERE="$(realpath --relative-base="$PWD" "$ROOT/examples")"
 RUNS="$(realpath --relative-base="$PWD" "$ROOT/runs")"
 : "${SIZE:?start one of the scripts beside this one, for example examples/pretrain_1b_top_share.sh}"
-NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" TP="${TP:-1}"
+NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" TP="${TP:-1}" PP="${PP:-1}" VPP="${VPP:-1}"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
 say() { echo "launch: $*" >&2; }
@@ -71,6 +72,12 @@ if [[ "$TP" -gt 1 ]]; then
   # megatron-core starts a collective before the product it overlaps; one queue keeps that order on GPUs.
   export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 fi
+if [[ "$PP" -gt 1 ]]; then
+  FLAGS+=(--pipeline-model-parallel-size "$PP")
+  if [[ "$VPP" -gt 1 ]]; then
+    FLAGS+=(--num-layers-per-virtual-pipeline-stage $(($(yaml_number "$CONFIG" num-layers) / PP / VPP)))
+  fi
+fi
 if [[ -z "${DATA_PATH:-}" ]]; then
   say "DATA_PATH is not set: training on the embedded corpus"
   CORPUS="$(bash "$HERE/prepare_corpus.sh")"
@@ -95,7 +102,7 @@ mkdir -p "$(dirname "$SAVE")"
 PRETRAIN=(-m megatron_kvshare pretrain "${FLAGS[@]}" "$@")
 PROCESSES="${GPUS_PER_NODE:-$GPUS}"
 if [[ "$GPUS" -eq 0 ]]; then
-  PROCESSES="${NPROC:-1}"
+  PROCESSES="${NPROC:-$((TP * PP))}"
   # All cores for one process; several processes share them.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > PROCESSES ? $(nproc) / PROCESSES : 1))}"
   # Threads that wait by spinning make training several times slower where other work shares the cores.

@@ -10,18 +10,25 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_kvshare.config import ModelConfig, SharingConfig
+from megatron_kvshare.config import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
+from megatron_kvshare.config.pipeline import layers_divide, payload_shape, placement
 from megatron_kvshare.config.rule import rule
-from megatron_kvshare.config.rules_model import groups_fit, heads_fit, sharing_map
+from megatron_kvshare.config.rules_model import (
+    groups_fit,
+    heads_fit,
+    sharing_map,
+    tensor_parallel_fits,
+)
 from megatron_kvshare.config.rules_solver import SOLVER_RULES
 from megatron_kvshare.config.shape import execution_plan, model_shape, recipe
 from megatron_kvshare.config.sources import read_arguments
-from megatron_kvshare.config.types import SCHEMA, dataclass
+from megatron_kvshare.config.types import SCHEMA, Count, dataclass
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing import cost, draw, patterns
 from megatron_kvshare.sharing.cost import ModelShape
+from megatron_kvshare.sharing.draw_stages import stage_lines
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import recipe_name
 
@@ -30,6 +37,7 @@ _ASSUMED_VOCABULARY = 32000  # Llama's; only embedding and head depend on it
 _EXAMPLES = """\
 kvshare plan --kv-pattern sandwich-top --kv-layers 11
 kvshare plan --num-layers 32 --kv-pattern cla:2 --num-query-groups 8 --json
+kvshare plan --kv-pattern sandwich-top --kv-layers 11 --pipeline-model-parallel-size 2
 kvshare plan --kv-map 0_1s_1s_3s_0_5s_5s_7s --window-size 512
 """
 
@@ -40,6 +48,9 @@ class PlanConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sharing: SharingConfig = field(default_factory=SharingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    micro_batch_size: Count = 1
+    """Sequences of a microbatch, for the payloads between pipeline stages."""
     json: bool = False
     """Print one JSON object instead of the drawing."""
 
@@ -59,7 +70,14 @@ def run(argv: Sequence[str]) -> int:
         prog="kvshare plan",
         description=_description(),
         examples=_EXAMPLES,
-        rules=(heads_fit, groups_fit, _map_is_valid, *SOLVER_RULES),
+        rules=(
+            heads_fit,
+            groups_fit,
+            _map_is_valid,
+            *SOLVER_RULES,
+            layers_divide,
+            tensor_parallel_fits,
+        ),
         megatron=MEGATRON_FLAGS,
     )
     config = parse(PlanConfig, _with_layers_of_map(argv), command)
@@ -70,8 +88,12 @@ def run(argv: Sequence[str]) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if config.json:
         print(json.dumps(as_data(shape, plan, config.sharing)))
-    else:
-        _draw(shape, plan, config.sharing)
+        return 0
+    _draw(shape, plan, config.sharing)
+    if config.parallel.pipeline_model_parallel_size > 1:
+        placed = placement(config.model, config.sharing, config.parallel)
+        payload = payload_shape(config.model, config.parallel, config.micro_batch_size, shape)
+        print("\nPipeline", *stage_lines(plan, placed, payload), sep="\n")
     return 0
 
 
@@ -110,6 +132,7 @@ def _draw(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> Non
     console.print(draw.cost_table(shape, plan))
     if plan.map.is_cyclic:
         console.print(draw.recipe_table(shape, plan.map))
+        console.print(draw.prefill_text(shape, plan.map))
     console.print(
         f"Shape: hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}, "
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} KV heads, "

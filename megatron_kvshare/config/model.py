@@ -190,8 +190,4 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Processes that hold one copy of the model together."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size

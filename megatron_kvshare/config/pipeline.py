@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.rule import rule
-from megatron_kvshare.config.rules_model import divisor, sharing_map
+from megatron_kvshare.config.rules_model import HasParallel, divisor, sharing_map
 from megatron_kvshare.config.schema import PretrainConfig
 from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.errors import ConfigError, Fault
@@ -71,14 +71,16 @@ def placement(model: ModelConfig, sharing: SharingConfig, parallel: ParallelConf
     return Placement(sharing_map(model, sharing), layout, parallel.pipeline_model_parallel_size)
 
 
-def payload_shape(config: PretrainConfig, shape: ModelShape) -> PayloadShape:
+def payload_shape(
+    model: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, shape: ModelShape
+) -> PayloadShape:
     """One microbatch on its way between stages."""
     return PayloadShape.of(
         shape,
-        config.train.micro_batch_size,
-        bytes_per_element=2 if config.model.bf16 else 4,
-        tensor_ranks=config.parallel.tensor_model_parallel_size,
-        sequence_parallel=config.parallel.sequence_parallel,
+        micro_batch_size,
+        bytes_per_element=2 if model.bf16 else 4,
+        tensor_ranks=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
     )
 
 
@@ -91,7 +93,7 @@ _MAP_SETTINGS = " kv_pattern kv_layers kv_map"
 
 
 @rule(_LAYOUT_SETTINGS)
-def layers_divide(config: PretrainConfig) -> Iterator[Fault]:
+def layers_divide(config: HasParallel) -> Iterator[Fault]:
     """Every layer is in exactly one stage."""
     try:
         stage_layout(config.model.num_layers, config.parallel)

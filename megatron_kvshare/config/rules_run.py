@@ -243,7 +243,7 @@ def _writable(flag: str, name: str, parent: bool = False) -> Iterator[Fault]:
 def world_size_faults(config: PretrainConfig, world_size: int) -> Iterator[Fault]:
     """What is wrong with running this configuration on ``world_size`` processes."""
     tensor = config.parallel.tensor_model_parallel_size
-    size = tensor * config.parallel.pipeline_model_parallel_size
+    size = config.parallel.model_parallel_size
     if world_size % size:
         flag, value, what = "--tensor-model-parallel-size", tensor, "it"
         if size != tensor:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.pipeline.messages import Message, MessagePlan, Transport
 from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput, Tensors, run_task
+from megatron_kvshare.pipeline.transport import Transport
+from megatron_kvshare.sharing.messages import Message, MessagePlan
 from megatron_kvshare.sharing.order import Action
 from megatron_kvshare.sharing.tasks import Key, Task
 

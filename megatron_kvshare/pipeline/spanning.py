@@ -11,21 +11,20 @@ import torch
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.block import plan_residuals
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.model.tokens import subset_length
 from megatron_kvshare.pipeline.executor import StageExecutor
-from megatron_kvshare.pipeline.messages import Message, MessagePlan, Transport
 from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput
+from megatron_kvshare.pipeline.transport import Transport
 from megatron_kvshare.sharing.cost import ModelShape
-from megatron_kvshare.sharing.order import Action, best_schedule
+from megatron_kvshare.sharing.messages import Message, MessagePlan
+from megatron_kvshare.sharing.order import best_schedule
 from megatron_kvshare.sharing.placement import PayloadShape, Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.task_cost import task_graph
 from megatron_kvshare.sharing.tasks import Key, Kind, Task
+from megatron_kvshare.sharing.traffic import tokens_of
 
 LossOf = Callable[[Any, torch.Tensor], torch.Tensor]
 """Batch and loss per token ``[b, s]`` -> the sum that is differentiated."""
-Ran = Callable[[Action, float, float], None]
-"""Told of every action with its start and end in seconds, to draw it."""
 
 
 @dataclass
@@ -101,12 +100,10 @@ class SpanningPipeline:
     def _shapes(self, task: Task, key: Key) -> tuple[tuple[int, ...], ...]:
         """Of the tensors of a value on this rank."""
         heads, sequences = self.models[0].heads, self.payload.sequences
-        stride = task.the_sweep.stride if task.kind in (Kind.VISIT, Kind.CARRY) else 1
-        if key.what in ("kv", "carried"):
-            tokens = subset_length(self.payload.seq_length, stride, key.offset)
+        tokens = tokens_of(task, key, self.payload)
+        if key.is_kv:
             return ((tokens, sequences, heads.local_kv_heads, heads.head_dim),) * 2
-        rows = subset_length(self.payload.rows, stride, key.offset)
-        return ((rows, sequences, self.payload.hidden_size),)
+        return ((tokens, sequences, self.payload.hidden_size),)
 
     def _buffer(self, messages: MessagePlan) -> Callable[[Message], torch.Tensor]:
         dtype, device = self.models[0].config.params_dtype, self.state.platform.device

@@ -149,10 +149,16 @@ def recipe_table(shape: ModelShape, map: SharingMap) -> Table:
         numbers = (its.train_flops_ratio, its.train_work, its.prefill_flops_ratio)
         cells = [f"{number:.2f} x" for number in (*numbers, its.sequential_depth)]
         table.add_row(name, str(recipe), *cells)
-    converged = cost.costs(shape, solver_plan(map, CONVERGED_PREFILL))
-    work = (f"{converged.prefill_flops_ratio:.2f} x", f"{converged.sequential_depth:.2f} x")
-    table.add_row("converged prefill", str(CONVERGED_PREFILL), "", "", *work)
     return table
+
+
+def prefill_text(shape: ModelShape, map: SharingMap) -> str:
+    """The cheapest prefill with the loss of exact evaluation."""
+    its = cost.costs(shape, solver_plan(map, CONVERGED_PREFILL))
+    return (
+        f"Converged prefill (the loss of exact): {CONVERGED_PREFILL},"
+        f" {its.prefill_flops_ratio:.2f} x a standard prefill's FLOPs."
+    )
 
 
 def _runs(segment: Segment, layer: int) -> str:

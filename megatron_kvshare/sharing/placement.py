@@ -106,6 +106,17 @@ class Placement:
                 yield layer, source
 
 
+def stage_parameters(shape: ModelShape, map: SharingMap, stage: Stage) -> int:
+    """Number of weights of one pipeline stage; a tied head apart from the embedding is a copy."""
+    hidden, layers = shape.hidden_size, len(stage.layers)
+    producers = sum(map.is_producer(layer) for layer in stage.layers)
+    count = layers * (2 * hidden * shape.query_width + 3 * hidden * shape.ffn_hidden_size)
+    count += producers * 2 * hidden * shape.kv_width + 2 * layers * hidden
+    own_head = not (shape.tied_embeddings and stage.embeds)
+    tables = stage.embeds + (stage.predicts and own_head)
+    return count + tables * shape.vocab_size * hidden + stage.predicts * hidden
+
+
 @dataclass(frozen=True)
 class PayloadShape:
     """What one microbatch looks like on one tensor-parallel rank.
@@ -114,13 +125,28 @@ class PayloadShape:
     split: each rank holds its heads, or where ranks share a head its part of the head's width.
     """
 
-    hidden_size: int
-    kv_width: int
-    seq_length: int
+    model: ModelShape
     sequences: int
     bytes_per_element: int
     tensor_ranks: int = 1
     sequence_ranks: int = 1
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.hidden_size
+
+    @property
+    def kv_width(self) -> int:
+        return self.model.kv_width
+
+    @property
+    def seq_length(self) -> int:
+        return self.model.seq_length
+
+    @property
+    def local_kv_width(self) -> int:
+        """Keys (or values) of the KV heads that one rank reads: at least one head."""
+        return max(self.model.kv_channels, self.kv_width // self.tensor_ranks)
 
     @classmethod
     def of(
@@ -132,9 +158,7 @@ class PayloadShape:
         sequence_parallel: bool = False,
     ) -> PayloadShape:
         return cls(
-            hidden_size=shape.hidden_size,
-            kv_width=shape.kv_width,
-            seq_length=shape.seq_length,
+            model=shape,
             sequences=micro_batch_size,
             bytes_per_element=bytes_per_element,
             tensor_ranks=tensor_ranks,

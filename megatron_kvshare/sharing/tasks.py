@@ -46,6 +46,10 @@ class Key(NamedTuple):
     sweep: int = 0
     offset: int = 0
 
+    @property
+    def is_kv(self) -> bool:
+        return self.what in ("kv", "carried")
+
 
 Sources = Mapping[int, tuple[Key | None, ...]]
 """Producer -> the values that its blocks of KV are, None where a block is not known yet."""

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.describe import describe
+from megatron_kvshare.config.pipeline import payload_shape, placement
 from megatron_kvshare.config.pretrain import batch_layout
 from megatron_kvshare.config.shape import execution_plan, model_shape, recipe
 from megatron_kvshare.data.data_plan import DataPlan
 from megatron_kvshare.sharing import cost, draw
+from megatron_kvshare.sharing.draw_stages import stage_lines
 from megatron_kvshare.sharing.memory import TrainingLayout, TrainingMemory, training_memory
 from megatron_kvshare.sharing.solver import recipe_name
 from megatron_kvshare.train.metrics import perplexity
@@ -72,6 +74,8 @@ def _layout_lines(
     tensor = f"tensor parallel {parallel.tensor_model_parallel_size}"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1:
         tensor += " with sequence parallel"
+    if parallel.pipeline_model_parallel_size > 1:
+        tensor += f" x pipeline parallel {parallel.pipeline_model_parallel_size}"
     lines = [
         f"{world_size} process{'es' * (world_size > 1)} ({device}): {tensor} x data parallel "
         f"{layout.data_parallel_size}",
@@ -83,7 +87,17 @@ def _layout_lines(
         f" + gradients {_mib(memory.gradients)} + optimizer {_mib(memory.optimizer)}"
         f" + activations {_mib(memory.activations)} + logits {_mib(memory.logits)}",
     ]
-    return ["Layout", *_indented(lines)]
+    return ["Layout", *_indented(lines), *_indented(_stage_lines(config, vocab_size))]
+
+
+def _stage_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
+    if config.parallel.pipeline_model_parallel_size == 1:
+        return []
+    shape = model_shape(config.model, vocab_size, config.sharing.window_size)
+    micro = config.train.micro_batch_size
+    payload = payload_shape(config.model, config.parallel, micro, shape)
+    placed = placement(config.model, config.sharing, config.parallel)
+    return stage_lines(execution_plan(config.model, config.sharing), placed, payload)
 
 
 def _memory(config: PretrainConfig, vocab_size: int, data_parallel: int) -> TrainingMemory:

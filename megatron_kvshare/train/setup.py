@@ -92,7 +92,7 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
     if found is not None:
         with together(state):
             load_checkpoint(found, models, optimizer, state)
-    payload = payload_shape(config, shape)
+    payload = payload_shape(config.model, config.parallel, config.train.micro_batch_size, shape)
     return Run(
         config=config,
         state=state,

@@ -25,6 +25,9 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import gather_by_name
 from megatron_kvshare.model.sweep import SweepRunner
+from megatron_kvshare.pipeline.payload import PayloadFormat
+from megatron_kvshare.pipeline.transport import Transport
+from megatron_kvshare.sharing.messages import Message
 from megatron_kvshare.train import step
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
@@ -161,3 +164,29 @@ def without_gradient(source: Callable, consumer: int) -> Callable:
 def evaluate(state: ParallelState, layout: Layout, case: Case) -> Evaluation:
     """Validation loss, its gap to exact and the residuals of freshly initialised weights."""
     return step.evaluate(prepare(case.config(layout), state))
+
+
+def payload_bytes(state: ParallelState, layout: Layout, case: Case) -> dict[int, int]:
+    """Bytes that every stage of this rank sends forward in one microbatch, as they are sent."""
+    run = prepare(case.config(layout), state)
+    sent: dict[int, int] = {}
+    plain_pack, plain_send = PayloadFormat.pack, Transport.send
+    above = {id(chunk.leaving): chunk.module.module.stage.number for chunk in run.chunks}
+
+    def pack(self: PayloadFormat, *arguments: Any) -> Tensor:
+        payload = plain_pack(self, *arguments)
+        sent[above[id(self)]] = payload.numel() * payload.element_size()
+        return payload
+
+    def send(self: Transport, message: Message, flat: Tensor) -> None:
+        number = self.plan.graph.tasks[message.maker].stage.number
+        if message.forward and message.microbatch == 0:
+            sent[number] = sent.get(number, 0) + flat.numel() * flat.element_size()
+        plain_send(self, message, flat)
+
+    PayloadFormat.pack, Transport.send = pack, send
+    try:
+        train_step(run, run.data.train_batches(0), 1)
+    finally:
+        PayloadFormat.pack, Transport.send = plain_pack, plain_send
+    return sent

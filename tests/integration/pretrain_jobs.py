@@ -44,7 +44,10 @@ def run_pretrain(
     multiprocessing.current_process()._config["daemon"] = False
     tensor = ["--tensor-model-parallel-size", str(layout.tensor)]
     sequence = ["--sequence-parallel"] if layout.sequence_parallel else []
-    config = parse_pretrain([*SMALL, *tensor, *sequence, *flags])
+    stages = ["--pipeline-model-parallel-size", str(layout.pipeline)]
+    if layout.virtual > 1:
+        stages += ["--num-layers-per-virtual-pipeline-stage", "1"]
+    config = parse_pretrain([*SMALL, *tensor, *sequence, *stages, *flags])
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), poisoned(state.rank, poison):

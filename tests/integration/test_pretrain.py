@@ -95,8 +95,9 @@ def test_resume_with_the_distributed_optimizer(world: World, tmp_path: Path, bf1
         (TWO, ["--micro-batch-size", 1]),
         (TWO, ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]),
         (Layout(tensor=2, sequence_parallel=True), []),
+        (Layout(pipeline=2, virtual=2), ["--use-distributed-optimizer"]),
     ],
-    ids=["one micro-batch", "dp2", "dp2-distributed-overlap", "tp2-sp"],
+    ids=["one micro-batch", "dp2", "dp2-distributed-overlap", "tp2-sp", "pp2-vpp2"],
 )
 def test_layouts_agree(
     world: World, trained: Path, tmp_path: Path, layout: Layout, flags: list
@@ -105,17 +106,39 @@ def test_layouts_agree(
     assert losses(tmp_path / "m.jsonl") == pytest.approx(losses(trained / "m.jsonl"), rel=1e-5)
 
 
-def test_weights_load_on_another_layout(world: World, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout", [Layout(tensor=2), Layout(pipeline=2), Layout(pipeline=2, virtual=2)], ids=str
+)
+def test_weights_load_on_another_layout(
+    world: World, trained: Path, tmp_path: Path, layout: Layout
+) -> None:
     """The optimizer follows too; fine-tuning takes the weights and starts counting anew."""
     set_latest(trained / "save", 3)
-    tensor, load = Layout(tensor=2), ["--load", trained / "save"]
-    run(world, tensor, tmp_path / "a.jsonl", *load)
+    load = ["--load", trained / "save"]
+    run(world, layout, tmp_path / "a.jsonl", *load)
     whole = losses(trained / "m.jsonl")
     expected = {step: whole[step] for step in (4, 5, 6)}
     assert losses(tmp_path / "a.jsonl") == pytest.approx(expected, rel=1e-5)
     set_latest(trained / "save", 6)
-    run(world, tensor, tmp_path / "b.jsonl", *load, "--finetune", "--train-iters", 1)
+    run(world, layout, tmp_path / "b.jsonl", *load, "--finetune", "--train-iters", 1)
     assert losses(tmp_path / "b.jsonl")[1] < whole[4]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "distributed-optimizer"])
+def test_stages_resume_on_themselves_and_load_on_one_rank(
+    world: World, tmp_path: Path, sharded: bool
+) -> None:
+    """A checkpoint of pipeline stages knows no stages: its names are those of the whole model."""
+    stages, folder = Layout(pipeline=2), tmp_path / "save"
+    flags = ["--use-distributed-optimizer"] if sharded else []
+    run(world, stages, tmp_path / "a.jsonl", *flags, "--save", folder, "--save-interval", 3)
+    whole = losses(tmp_path / "a.jsonl")
+    set_latest(folder, 3)
+    run(world, stages, tmp_path / "b.jsonl", *flags, "--load", folder)
+    assert losses(tmp_path / "b.jsonl") == {step: whole[step] for step in (4, 5, 6)}
+    run(world, ONE, tmp_path / "c.jsonl", *flags, "--load", folder)
+    expected = {step: whole[step] for step in (4, 5, 6)}
+    assert losses(tmp_path / "c.jsonl") == pytest.approx(expected, rel=1e-5)
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(world: World, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ NINE = tuple(
 
 
 @st.composite
-def sharing_maps(draw: st.DrawFn, max_layers: int = 14) -> SharingMap:
+def sharing_maps(draw: st.DrawFn, max_layers: int = 14, min_layers: int = 1) -> SharingMap:
     """Any valid map: some layers produce, every other one reads any of them."""
-    layers = range(draw(st.integers(1, max_layers)))
+    layers = range(draw(st.integers(min_layers, max_layers)))
     producers = draw(st.sets(st.sampled_from(layers), min_size=1))
     pick = st.sampled_from(sorted(producers))
     sources = tuple(layer if layer in producers else draw(pick) for layer in layers)

@@ -1,0 +1,98 @@
+"""The stage table: what every pipeline stage holds, computes and sends (L1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_kvshare.sharing import cost
+from megatron_kvshare.sharing.layout import LAYOUT_FLAG, layout_text, proposed_layout
+from megatron_kvshare.sharing.placement import PayloadShape, Placement, Stage, stage_parameters
+from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.traffic import (
+    FLOPS_PER_BYTE,
+    bytes_sent,
+    cut_traffic,
+    layer_work,
+)
+
+_TITLES = (
+    *("stage", "rank", "layers", "makes KV", "receives", "forwards", "parameters", "work"),
+    "sends",
+)
+
+
+def stage_lines(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[str]:
+    """One line per stage, and the layout that would be fastest.
+
+    ``work``: training FLOPs over those of a mean stage; ``sends``: bytes of a microbatch to other
+    stages from each tensor-parallel rank, without the gradients that come back.
+    """
+    work = stage_work(plan, placement, payload)
+    mean = sum(work) / len(work)
+    sent = bytes_sent(plan, placement, payload)
+    rows = [
+        _row(placement, stage, payload, f"{share / mean:.2f}", f"{size:,} B" if size else "-")
+        for stage, share, size in zip(placement.stages, work, sent, strict=True)
+    ]
+    return [*_aligned([_TITLES, *rows]), *_notes(plan, placement, payload, max(work) / mean)]
+
+
+def stage_work(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[float]:
+    """Training FLOPs per token of every stage, the head with the last."""
+    layers = _work_with_head(plan, payload)
+    return [sum(layers[stage.first : stage.stop]) for stage in placement.stages]
+
+
+def _work_with_head(plan: ExecutionPlan, payload: PayloadShape) -> list[float]:
+    work = layer_work(payload.model, plan)
+    work[-1] += 3 * cost.head_flops(payload.model)
+    return work
+
+
+def _row(
+    placement: Placement, stage: Stage, payload: PayloadShape, work: str, sends: str
+) -> tuple[str, ...]:
+    sharing = placement.map
+    rank = f"{stage.rank}" if placement.chunks == 1 else f"{stage.rank}.{stage.chunk}"
+    makes = [layer for layer in stage.layers if sharing.is_producer(layer)]
+    layers = f"{stage.first}-{stage.stop - 1}" if len(stage.layers) > 1 else f"{stage.first}"
+    layers = "embedding, " * stage.embeds + layers + ", head" * stage.predicts
+    parameters = f"{stage_parameters(payload.model, sharing, stage):,}"
+    lists = (_numbers(each) for each in (makes, stage.receives, stage.forwards))
+    return (str(stage.number), rank, layers, *lists, parameters, work, sends)
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    return " ".join(map(str, layers)) or "-"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_TITLES))]
+    numbers = range(_TITLES.index("parameters"), len(_TITLES))
+    return [
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _notes(
+    plan: ExecutionPlan, placement: Placement, payload: PayloadShape, slowest: float
+) -> list[str]:
+    notes = [
+        f"The cyclic group of layers {first} to {last} spans stages: its sweeps go round them."
+        for first, last in placement.spanning_groups
+    ]
+    transport = [FLOPS_PER_BYTE * size for size in cut_traffic(plan, payload)]
+    best = proposed_layout(_work_with_head(plan, payload), len(placement.layout), transport)
+    if best != placement.layout:
+        other = Placement(placement.map, best, placement.ranks)
+        work = stage_work(plan, other, payload)
+        ratio = max(work) * len(work) / sum(work)
+        notes.append(
+            f"Slowest stage {slowest:.2f} x the mean; {LAYOUT_FLAG} {layout_text(best)} makes it"
+            f" {ratio:.2f} x."
+        )
+    return notes
