@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_kvshare.sharing import cost
-from megatron_kvshare.sharing.layout import LAYOUT_FLAG, layout_text, proposed_layout
+from megatron_kvshare.sharing.layout import LAYOUT_FLAG, layout_text, proposed_layout, slowest_stage
 from megatron_kvshare.sharing.placement import PayloadShape, Placement, Stage, stage_parameters
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.traffic import (
@@ -34,7 +34,7 @@ def stage_lines(plan: ExecutionPlan, placement: Placement, payload: PayloadShape
         _row(placement, stage, payload, f"{share / mean:.2f}", f"{size:,} B" if size else "-")
         for stage, share, size in zip(placement.stages, work, sent, strict=True)
     ]
-    return [*_aligned([_TITLES, *rows]), *_notes(plan, placement, payload, max(work) / mean)]
+    return [*_aligned([_TITLES, *rows]), *_notes(plan, placement, payload)]
 
 
 def stage_work(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[float]:
@@ -78,21 +78,18 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _notes(
-    plan: ExecutionPlan, placement: Placement, payload: PayloadShape, slowest: float
-) -> list[str]:
+def _notes(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[str]:
     notes = [
         f"The cyclic group of layers {first} to {last} spans stages: its sweeps go round them."
         for first, last in placement.spanning_groups
     ]
+    work = _work_with_head(plan, payload)
     transport = [FLOPS_PER_BYTE * size for size in cut_traffic(plan, payload)]
-    best = proposed_layout(_work_with_head(plan, payload), len(placement.layout), transport)
-    if best != placement.layout:
-        other = Placement(placement.map, best, placement.ranks)
-        work = stage_work(plan, other, payload)
-        ratio = max(work) * len(work) / sum(work)
+    best = proposed_layout(work, len(placement.layout), transport)
+    here, there = (slowest_stage(each, work, transport) for each in (placement.layout, best))
+    if there < here:
         notes.append(
-            f"Slowest stage {slowest:.2f} x the mean; {LAYOUT_FLAG} {layout_text(best)} makes it"
-            f" {ratio:.2f} x."
+            f"{LAYOUT_FLAG} {layout_text(best)} would make the slowest stage {1 - there / here:.0%}"
+            f" faster, a sent byte counted as {FLOPS_PER_BYTE} FLOPs."
         )
     return notes

@@ -73,6 +73,17 @@ def layout_text(layout: Sequence[int]) -> str:
     return ",".join(map(str, layout))
 
 
+def slowest_stage(layout: Layout, work: Sequence[float], transport: Sequence[float]) -> float:
+    """Work and transport of the stage that has most; see :func:`proposed_layout`."""
+    stops = list(accumulate(layout))
+    return max(
+        sum(work[stop - layers : stop])
+        + (transport[stop - layers] if stop > layers else 0.0)
+        + (transport[stop] if stop < len(work) else 0.0)
+        for layers, stop in zip(layout, stops, strict=True)
+    )
+
+
 def proposed_layout(work: Sequence[float], stages: int, transport: Sequence[float]) -> Layout:
     """The cut whose slowest stage is fastest.
 

@@ -14,7 +14,12 @@ from megatron_kvshare.config.shape import execution_plan, model_shape, recipe
 from megatron_kvshare.data.data_plan import DataPlan
 from megatron_kvshare.sharing import cost, draw
 from megatron_kvshare.sharing.draw_stages import stage_lines
-from megatron_kvshare.sharing.memory import TrainingLayout, TrainingMemory, training_memory
+from megatron_kvshare.sharing.memory import (
+    TrainingLayout,
+    TrainingMemory,
+    on_fullest_rank,
+    training_memory,
+)
 from megatron_kvshare.sharing.solver import recipe_name
 from megatron_kvshare.train.metrics import perplexity
 from megatron_kvshare.train.run import Run
@@ -112,7 +117,10 @@ def _memory(config: PretrainConfig, vocab_size: int, data_parallel: int) -> Trai
         recompute_full=config.model.recompute_granularity == "full",
     )
     shape = model_shape(config.model, vocab_size, config.sharing.window_size)
-    return training_memory(shape, execution_plan(config.model, config.sharing), layout)
+    whole = training_memory(shape, execution_plan(config.model, config.sharing), layout)
+    if parallel.pipeline_model_parallel_size == 1:
+        return whole
+    return on_fullest_rank(whole, shape, placement(config.model, config.sharing, parallel))
 
 
 def end(run: Run, valid_loss: float | None, typed: Typed) -> str:

@@ -15,6 +15,7 @@ from megatron_kvshare.sharing.layout import (
     layout_text,
     parse_layout,
     proposed_layout,
+    slowest_stage,
 )
 
 
@@ -80,15 +81,14 @@ def test_proposed_layout_is_the_fastest_of_all(work, stages, transport) -> None:
     stages = min(stages, len(work))
     transport = transport[: len(work)]
 
-    def slowest(cuts: tuple[int, ...]) -> float:
-        edges = (0, *cuts, len(work))
-        return max(
-            sum(work[a:b]) + (transport[a] if a else 0) + (transport[b] if b < len(work) else 0)
-            for a, b in itertools.pairwise(edges)
-        )
-
     layout = proposed_layout(work, stages, transport)
     assert sum(layout) == len(work) and len(layout) == stages
-    cuts = tuple(itertools.accumulate(layout))[:-1]
-    every = itertools.combinations(range(1, len(work)), stages - 1)
-    assert slowest(cuts) == pytest.approx(min(map(slowest, every)))
+    cuts = itertools.combinations(range(1, len(work)), stages - 1)
+    edges = ((0, *each, len(work)) for each in cuts)
+    every = (tuple(b - a for a, b in itertools.pairwise(each)) for each in edges)
+    best = min(slowest_stage(each, work, transport) for each in every)
+    assert slowest_stage(layout, work, transport) == pytest.approx(best)
+
+
+def test_slowest_stage_pays_for_both_of_its_cuts() -> None:
+    assert slowest_stage((1, 2, 1), [1, 1, 1, 9], [0, 100, 7, 5]) == max(1 + 100, 2 + 105, 9 + 5)
