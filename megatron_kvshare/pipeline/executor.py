@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_kvshare.model.attention import whole_head
 from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.heads import HeadLayout
+from megatron_kvshare.pipeline.payload import own_part, spread_part
 from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput, Tensors, run_task
 from megatron_kvshare.pipeline.transport import Transport
 from megatron_kvshare.sharing.messages import Message, MessagePlan
@@ -25,9 +28,11 @@ Place = tuple[int, Key]
 
 @dataclass
 class _Value:
-    """``leaf``: what readers use; ``readers``: forward tasks here that have yet to read it."""
+    """``leaf``: what readers use, or the ``part`` of a shared KV head that they put together;
+    ``readers``: forward tasks here that have yet to read it."""
 
     leaf: Tensors
+    part: bool
     readers: int
     keeps_gradient: bool
 
@@ -40,6 +45,7 @@ class StageExecutor:
     models: Mapping[int, KVShareGPT]
     transport: Transport
     shapes: Mapping[Key, Sequence[tuple[int, ...]]]
+    heads: HeadLayout
     measure: bool = False
     values: dict[Place, _Value] = field(default_factory=dict)
     graphs: dict[Place, Tensors] = field(default_factory=dict)
@@ -54,16 +60,16 @@ class StageExecutor:
         task = self._task(action)
         for message in self.plan.needed_by(action):
             self._receive_values(message)
-        read = {key: self.values[action.microbatch, key].leaf for key in task.reads}
+        keys = [*task.reads]
         if self.measure:
-            old = (key for key in task.old.values() if key is not None)
-            read |= {key: self.values[action.microbatch, key].leaf for key in old}
+            keys += [key for key in task.old.values() if key is not None]
         with torch.set_grad_enabled(self._has_graph(task)):
+            read = {key: self._read(action.microbatch, key) for key in keys}
             output = run_task(task, self.models[task.stage.number], microbatch, read, self.measure)
         for key, tensors in output.made.items():
             self._keep(action, key, tensors)
         for message in self.plan.sent_after(action):
-            values = (output.made[key] for key in self.plan.keys(message))
+            values = (self._sent(key, output.made[key]) for key in self.plan.keys(message))
             self.transport.send(message, _flat([t for value in values for t in value]))
         for key in task.reads:
             self._read_once(action.microbatch, key)
@@ -90,6 +96,20 @@ class StageExecutor:
         for message in self.plan.sent_after(action):
             self._send_gradients(message)
 
+    def _read(self, microbatch: int, key: Key) -> Tensors:
+        value = self.values[microbatch, key]
+        if not value.part:
+            return value.leaf
+        whole = whole_head(torch.cat(value.leaf, dim=-1), self.heads)
+        return tuple(x.unsqueeze(2) for x in whole.chunk(2, dim=-1))
+
+    def _is_part(self, key: Key) -> bool:
+        """Ranks that share a KV head each send their part of it."""
+        return key.is_kv and self.heads.kv_heads_are_split
+
+    def _sent(self, key: Key, tensors: Tensors) -> Tensors:
+        return tuple(own_part(t, self.heads) for t in tensors) if self._is_part(key) else tensors
+
     def _task(self, action: Action) -> Task:
         return self.plan.graph.tasks[action.task]
 
@@ -108,12 +128,14 @@ class StageExecutor:
             self.graphs[place] = tensors
         self._add_value(place, tuple(t.detach() for t in tensors), keeps_graph)
 
-    def _add_value(self, place: Place, tensors: Tensors, keeps_graph: bool) -> None:
+    def _add_value(
+        self, place: Place, tensors: Tensors, keeps_graph: bool, part: bool = False
+    ) -> None:
         readers = self._local_readers(place[1])
         keeps_gradient = keeps_graph and any(task.gradient for task in readers)
         if readers or self.measure:
             leaf = tuple(t.requires_grad_(keeps_gradient) for t in tensors)
-            self.values[place] = _Value(leaf, len(readers), keeps_gradient)
+            self.values[place] = _Value(leaf, part, len(readers), keeps_gradient)
 
     def _read_once(self, microbatch: int, key: Key) -> None:
         """Forget a value after its last reader, unless its gradient is still to come."""
@@ -130,13 +152,16 @@ class StageExecutor:
         flat = self.transport.take(message)
         keeps_graph = self._has_graph(self.plan.graph.tasks[message.maker])
         for key, tensors in self._unflat(keys, flat).items():
-            self._add_value((message.microbatch, key), tensors, keeps_graph)
+            place, part = (message.microbatch, key), self._is_part(key)
+            self._add_value(place, tensors, keeps_graph, part)
 
     def _arrived_gradients(self, action: Action) -> dict[Key, list[Tensors]]:
         arrived: dict[Key, list[Tensors]] = {}
         for message in self.plan.needed_by(action):
             keys = self.plan.keys(message)
             for key, tensors in self._unflat(keys, self.transport.take(message)).items():
+                if self._is_part(key):
+                    tensors = tuple(spread_part(part, self.heads) for part in tensors)
                 arrived.setdefault(key, []).append(tensors)
         return arrived
 

@@ -55,7 +55,7 @@ class PayloadFormat:
 
     def _folded(self, kv: KV) -> torch.Tensor:
         """``[s, b, g, d]`` keys and values -> ``[rows, b, 2 * sequence_ranks * kv width]``."""
-        flat = torch.stack([self._own_part(x) for x in kv], dim=2).flatten(2)
+        flat = torch.stack([own_part(x, self.heads) for x in kv], dim=2).flatten(2)
         return flat.unflatten(0, (-1, self.sequence_ranks)).transpose(1, 2).flatten(2)
 
     def _unfolded(self, folded: torch.Tensor) -> KV:
@@ -67,10 +67,19 @@ class PayloadFormat:
         key, value = (x.permute(2, 0, 1, 3) for x in blocks.contiguous().unbind())
         return KV(key, value)
 
-    def _own_part(self, x: torch.Tensor) -> torch.Tensor:
-        """``[s, b, g, d] -> [s, b, width]``: all of it, or this rank's columns of a shared head."""
-        heads = self.heads
-        if not heads.kv_heads_are_split:
-            return x.flatten(2)
-        start = heads.tp_rank * heads.local_kv_width - heads.kv_head_of_rank * heads.head_dim
-        return x.flatten(2)[..., start : start + heads.local_kv_width]
+
+def own_part(x: torch.Tensor, heads: HeadLayout) -> torch.Tensor:
+    """``[s, b, g, d] -> [s, b, width]``: all of it, or this rank's columns of a shared head."""
+    return x.flatten(2)[..., _own_columns(heads)] if heads.kv_heads_are_split else x.flatten(2)
+
+
+def spread_part(part: torch.Tensor, heads: HeadLayout) -> torch.Tensor:
+    """The gradient of :func:`own_part` for the whole head: 0 in the columns of other ranks."""
+    whole = part.new_zeros(*part.shape[:2], heads.head_dim)
+    whole[..., _own_columns(heads)] = part
+    return whole.unsqueeze(2)
+
+
+def _own_columns(heads: HeadLayout) -> slice:
+    start = heads.tp_rank * heads.local_kv_width - heads.kv_head_of_rank * heads.head_dim
+    return slice(start, start + heads.local_kv_width)

@@ -69,6 +69,7 @@ class SpanningPipeline:
             {model.stage.number: model for model in self.models},
             Transport(messages, self.state.pp_group, self._buffer(messages)),
             {key: self._shapes(task, key) for task in messages.graph.tasks for key in task.makes},
+            self.models[0].heads,
             measure,
         )
         taken: list[tuple[Any, Microbatch]] = []
@@ -98,11 +99,13 @@ class SpanningPipeline:
         return batch, Microbatch(batch.tokens, batch.labels, contexts)
 
     def _shapes(self, task: Task, key: Key) -> tuple[tuple[int, ...], ...]:
-        """Of the tensors of a value on this rank."""
+        """Of the tensors of a value on its way from this rank."""
         heads, sequences = self.models[0].heads, self.payload.sequences
         tokens = tokens_of(task, key, self.payload)
         if key.is_kv:
-            return ((tokens, sequences, heads.local_kv_heads, heads.head_dim),) * 2
+            width = heads.local_kv_width
+            one = (width,) if heads.kv_heads_are_split else (heads.local_kv_heads, heads.head_dim)
+            return ((tokens, sequences, *one),) * 2
         return ((tokens, sequences, self.payload.hidden_size),)
 
     def _buffer(self, messages: MessagePlan) -> Callable[[Message], torch.Tensor]:

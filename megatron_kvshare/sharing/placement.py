@@ -145,8 +145,8 @@ class PayloadShape:
 
     @property
     def local_kv_width(self) -> int:
-        """Keys (or values) of the KV heads that one rank reads: at least one head."""
-        return max(self.model.kv_channels, self.kv_width // self.tensor_ranks)
+        """Keys (or values) that one rank sends: its heads, or its part of a head."""
+        return self.kv_width // self.tensor_ranks
 
     @classmethod
     def of(
@@ -172,7 +172,7 @@ class PayloadShape:
 
     def width(self, producers: int) -> int:
         """Elements per row with the KV of so many producers: those of other tokens lie beside."""
-        kv = 2 * self.kv_width // self.tensor_ranks * self.sequence_ranks
+        kv = 2 * self.local_kv_width * self.sequence_ranks
         return self.hidden_size + producers * kv
 
     def bytes(self, width: int) -> int:

@@ -192,11 +192,18 @@ def test_evaluation_is_that_of_one_rank(layout: Layout, name: str, world: World,
             assert found.kv_gap == pytest.approx(alone.kv_gap, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", [Layout(pipeline=4), Layout(pipeline=2, virtual=2)], ids=str)
+SENDING = [
+    (Layout(pipeline=4), 4),
+    (Layout(pipeline=2, virtual=2), 4),
+    (Layout(2, sequence_parallel=True, pipeline=2), 1),  # ranks share a KV head
+]
+
+
+@pytest.mark.parametrize(("layout", "kv_heads"), SENDING, ids=str)
 @pytest.mark.parametrize("name", ["acyclic 4", "sandwich-top fast", "sandwich-top cheapest"])
-def test_payloads_are_as_large_as_predicted(name: str, layout: Layout, world: World):
+def test_payloads_are_as_large_as_predicted(name: str, layout: Layout, kv_heads: int, world: World):
     """Bytes that leave every stage per microbatch, padding included."""
-    run = case(name, steps=1)
+    run = case(name, steps=1, kv_heads=kv_heads)
     sent = {}
     for found in world.run(jobs.payload_bytes, layout, run):
         sent |= found
