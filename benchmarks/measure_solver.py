@@ -65,15 +65,13 @@ def measure(run: Run, metrics: Path) -> dict[str, Any]:
 
 
 def _training(metrics: Path) -> dict[str, Any]:
-    """Seconds of training and the curve ``[[tokens, loss], ...]`` of the last try at each step."""
+    """The curve ``[[tokens, loss], ...]`` of the last try at each step, and the seconds that all
+    steps take at the speed of the fastest tenth of them: runs share the machine with other work."""
     lines = (json.loads(line) for line in metrics.read_text().splitlines())
     records = {record["step"]: record for record in lines if "loss" in record}
-    curve, seconds, before = [], 0.0, 0
-    for _, record in sorted(records.items()):
-        seconds += (record["tokens"] - before) / record["tokens_per_second"]
-        before = record["tokens"]
-        curve.append([record["tokens"], round(record["loss"], 4)])
-    return {"train_seconds": round(seconds), "curve": curve}
+    curve = [[each["tokens"], round(each["loss"], 4)] for _, each in sorted(records.items())]
+    speed = statistics.quantiles((r["tokens_per_second"] for r in records.values()), n=10)[-1]
+    return {"train_seconds": round(curve[-1][0] / speed), "curve": curve}
 
 
 def prefills(run: Run, exact: ExecutionPlan) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def loss_against_flops(results: Results, path: Path) -> None:
         axes.annotate(f" {label}", (x, y), fontsize=8)
     for name, marker in markers.items():
         axes.plot([], [], marker, color="C0", label=name)
+    axes.margins(x=0.15)
     axes.set(xlabel="training TFLOPs", ylabel="validation loss, exact evaluation")
     axes.legend()
     _save(figure, path)
@@ -63,14 +65,20 @@ def loss_against_flops(results: Results, path: Path) -> None:
 
 def prefill_error(results: Results, quantity: str, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5))
-    points: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    points: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results.values():
         for row in result.get("prefill", []) if result["map"] == "sandwich-top" else []:
-            points[row["stride"]].append((row["work"], max(abs(row[quantity]), 1e-7)))
-    for stride, found in sorted(points.items()):
+            points[row["stride"]][row["work"]].append(max(abs(row[quantity]), 1e-7))
+    for color, (stride, by_work) in enumerate(sorted(points.items())):
         label = f"strided({stride})" if stride > 1 else "jacobi"
-        axes.semilogy(*zip(*sorted(found), strict=True), "o-", label=label, markersize=4)
+        works = sorted(by_work)
+        middle = [statistics.median(by_work[work]) for work in works]
+        axes.semilogy(works, middle, "o-", color=f"C{color}", label=label, markersize=4)
+        for work in works:
+            every = by_work[work]
+            axes.semilogy([work] * len(every), every, ".", color=f"C{color}", alpha=0.3)
     axes.set(xlabel="layer-forwards over a standard prefill", ylabel=title)
+    axes.set_title("sandwich-top, 3 KV layers: median and every trained model", fontsize=9)
     axes.legend()
     _save(figure, path)
 
