@@ -36,7 +36,8 @@ class PayloadFormat:
         hidden, kv = tensors
         parts = [hidden, *(self._folded(kv[layer]) for layer in self.producers)]
         packed = torch.cat(parts, dim=-1) if len(parts) > 1 else hidden
-        return F.pad(packed, (0, self.shape[-1] - packed.shape[-1]))
+        padding = self.shape[-1] - packed.shape[-1]
+        return F.pad(packed, (0, padding)) if padding else packed
 
     def unpack(self, payload: torch.Tensor) -> StageTensors:
         """The inverse of :meth:`pack`, differentiable."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.block import plan_residuals
 from megatron_kvshare.model.gpt import KVShareGPT
@@ -16,7 +19,7 @@ from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput
 from megatron_kvshare.pipeline.transport import Transport
 from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.messages import Message, MessagePlan
-from megatron_kvshare.sharing.order import best_schedule
+from megatron_kvshare.sharing.order import Action, best_schedule
 from megatron_kvshare.sharing.placement import PayloadShape, Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.task_cost import task_graph
@@ -47,8 +50,23 @@ class SpanningPipeline:
             graph = task_graph(self.shape, plan, self.placement)
             timed = best_schedule(graph, microbatches, forward_only)
             order = [[each.action for each in rank] for rank in timed]
+            self._check_that_ranks_agree(order)
             self.schedules[key] = MessagePlan(graph, order, forward_only)
         return self.schedules[key]
+
+    def _check_that_ranks_agree(self, order: Sequence[Sequence[Action]]) -> None:
+        """Messages carry no names: with another order on one rank values would change places.
+
+        Raises:
+            ConfigError: on every rank, where the program is not the same everywhere.
+        """
+        mine = hashlib.sha256(repr(order).encode()).hexdigest()
+        everyone = [mine] * self.state.pp_size
+        dist.all_gather_object(everyone, mine, group=self.state.pp_group)
+        if len(set(everyone)) > 1:
+            rule = "pipeline ranks derive different orders of tasks from the same settings"
+            fix = "install the same version of megatron_kvshare on every node"
+            raise ConfigError(Fault("pipeline ranks", everyone, rule, fix))
 
     def run(
         self,

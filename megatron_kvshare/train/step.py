@@ -185,9 +185,11 @@ def _by_tasks(
         sums[next(numbers)] = (losses.detach().double().sum(), num_tokens)
         return losses.sum()
 
-    residuals = run.spanning.run(
-        how.plan, batches, count, loss_of, how.measure_residual, forward_only
-    )
+    residuals: list[torch.Tensor | None] = []
+    while len(residuals) < count:  # one order for each global batch, evaluations have many
+        some = min(run.layout.num_microbatches, count - len(residuals))
+        more = (loss_of, how.measure_residual, forward_only)
+        residuals += run.spanning.run(how.plan, batches, some, *more)
     if not forward_only:
         num_tokens = torch.stack([tokens for _, tokens in sums]).sum()
         finalize_gradients(run.models, num_tokens.int())

@@ -179,6 +179,17 @@ def test_variant_trains_like_one_rank(variant: str, name: str, world: World, sin
     )
 
 
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_reduction_overlaps_backward_of_the_last_microbatch(virtual: int, world: World, single):
+    layout = Layout(data=2, pipeline=2, virtual=virtual)
+    settings = {"train": {"micro_batch_size": 1, "global_batch_size": 8}, "steps": 3}
+    overlapped = {**SHARDED, "overlap_grad_reduce": True}
+    run = Case(sharing=MAPS["pizza-bottom"], parallel=overlapped, **settings)
+    got = world.run(jobs.train, layout, run)
+    alone = jobs.train(single, Layout(), Case(sharing=MAPS["pizza-bottom"], **settings))
+    assert_same_training(got, alone)
+
+
 @pytest.mark.parametrize("name", ["sandwich-top fast", "lasagna-top", "pizza-bottom"])
 @pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(pipeline=2, virtual=2)], ids=str)
 def test_evaluation_is_that_of_one_rank(layout: Layout, name: str, world: World, single):
