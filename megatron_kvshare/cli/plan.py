@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_kvshare.config import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
-from megatron_kvshare.config.pipeline import layers_divide, payload_shape, placement
+from megatron_kvshare.config.pipeline import layers_divide, pipeline_lines
 from megatron_kvshare.config.rule import rule
 from megatron_kvshare.config.rules_model import (
     groups_fit,
@@ -28,7 +28,6 @@ from megatron_kvshare.config.types import SCHEMA, Count, dataclass
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing import cost, draw, patterns
 from megatron_kvshare.sharing.cost import ModelShape
-from megatron_kvshare.sharing.draw_stages import stage_lines
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import recipe_name
 
@@ -90,10 +89,11 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps(as_data(shape, plan, config.sharing)))
         return 0
     _draw(shape, plan, config.sharing)
-    if config.parallel.pipeline_model_parallel_size > 1:
-        placed = placement(config.model, config.sharing, config.parallel)
-        payload = payload_shape(config.model, config.parallel, config.micro_batch_size, shape)
-        print("\nPipeline", *stage_lines(plan, placed, payload), sep="\n")
+    stages = pipeline_lines(
+        config.model, config.sharing, config.parallel, config.micro_batch_size, shape
+    )
+    if stages:
+        print("\nPipeline", *stages, sep="\n")
     return 0
 
 

@@ -8,9 +8,10 @@ from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingCo
 from megatron_kvshare.config.rule import rule
 from megatron_kvshare.config.rules_model import HasParallel, divisor, sharing_map
 from megatron_kvshare.config.schema import PretrainConfig
-from megatron_kvshare.config.shape import recipe
+from megatron_kvshare.config.shape import execution_plan, recipe
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.sharing.cost import ModelShape
+from megatron_kvshare.sharing.draw_stages import stage_lines
 from megatron_kvshare.sharing.layout import (
     LAYOUT_FLAG,
     Layout,
@@ -82,6 +83,21 @@ def payload_shape(
         tensor_ranks=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
     )
+
+
+def pipeline_lines(
+    model: ModelConfig,
+    sharing: SharingConfig,
+    parallel: ParallelConfig,
+    micro_batch_size: int,
+    shape: ModelShape,
+) -> list[str]:
+    """The stage table; empty without pipeline stages."""
+    if parallel.pipeline_model_parallel_size == 1:
+        return []
+    payload = payload_shape(model, parallel, micro_batch_size, shape)
+    placed = placement(model, sharing, parallel)
+    return stage_lines(execution_plan(model, sharing), placed, payload)
 
 
 _LAYOUT_SETTINGS = (

@@ -11,9 +11,9 @@ from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.model.block_attention import has_block_kernel
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.rotary import Rotary, rotary
-from megatron_kvshare.model.tokens import subset_length
 from megatron_kvshare.model.visibility import SequenceLayout, Visibility
 from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.plan import subset_length
 
 _BLOCKWISE_FROM = 512
 """Queries from which one causal kernel per pair of blocks beats one kernel with a mask (measured on

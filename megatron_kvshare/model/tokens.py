@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-
-def subset_length(length: int, stride: int, offset: int) -> int:
-    """How many of ``length`` tokens have ``t % stride == offset``."""
-    return len(range(offset, length, stride))
+from megatron_kvshare.sharing.plan import subset_length
 
 
 def split_tokens(x: torch.Tensor, stride: int) -> tuple[torch.Tensor, ...]:

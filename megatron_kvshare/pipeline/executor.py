@@ -22,6 +22,8 @@ from megatron_kvshare.sharing.messages import Message, MessagePlan
 from megatron_kvshare.sharing.order import Action
 from megatron_kvshare.sharing.tasks import Key, Task
 
+Shapes = Sequence[tuple[int, ...]]
+"""Of the tensors of one value."""
 Place = tuple[int, Key]
 """Microbatch and value."""
 
@@ -44,7 +46,7 @@ class StageExecutor:
     plan: MessagePlan
     models: Mapping[int, KVShareGPT]
     transport: Transport
-    shapes: Mapping[Key, Sequence[tuple[int, ...]]]
+    shapes: Mapping[Key, Shapes]
     heads: HeadLayout
     measure: bool = False
     values: dict[Place, _Value] = field(default_factory=dict)

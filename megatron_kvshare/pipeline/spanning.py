@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,9 @@ from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.block import plan_residuals
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.pipeline.executor import StageExecutor
+from megatron_kvshare.pipeline.executor import Shapes, StageExecutor
 from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput
 from megatron_kvshare.pipeline.transport import Transport
-from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.messages import Message, MessagePlan
 from megatron_kvshare.sharing.order import Action, best_schedule
 from megatron_kvshare.sharing.placement import PayloadShape, Placement
@@ -26,8 +25,16 @@ from megatron_kvshare.sharing.task_cost import task_graph
 from megatron_kvshare.sharing.tasks import Key, Kind, Task
 from megatron_kvshare.sharing.traffic import tokens_of
 
-LossOf = Callable[[Any, torch.Tensor], torch.Tensor]
-"""Batch and loss per token ``[b, s]`` -> the sum that is differentiated."""
+LossOf = Callable[[Any, torch.Tensor], tuple[torch.Tensor, Any]]
+"""Batch and loss per token ``[b, s]`` -> the sum that is differentiated, anything to return."""
+
+
+class Ran(NamedTuple):
+    """Of one microbatch: what ``loss_of`` returned beside the loss, on the last stage, and the
+    residuals as far as they arose on this rank."""
+
+    result: Any
+    residuals: torch.Tensor | None
 
 
 @dataclass
@@ -37,7 +44,6 @@ class SpanningPipeline:
     placement: Placement
     models: Sequence[KVShareGPT]
     state: ParallelState
-    shape: ModelShape
     payload: PayloadShape
     schedules: dict[tuple[Any, ...], MessagePlan] = field(default_factory=dict)
 
@@ -47,7 +53,7 @@ class SpanningPipeline:
         """Who runs what when, and what goes where; the same on all ranks."""
         key = (plan, microbatches, forward_only)
         if key not in self.schedules:
-            graph = task_graph(self.shape, plan, self.placement)
+            graph = task_graph(self.payload.model, plan, self.placement)
             timed = best_schedule(graph, microbatches, forward_only)
             order = [[each.action for each in rank] for rank in timed]
             self._check_that_ranks_agree(order)
@@ -76,22 +82,25 @@ class SpanningPipeline:
         loss_of: LossOf,
         measure: bool = False,
         forward_only: bool = False,
-    ) -> list[torch.Tensor | None]:
-        """Run all microbatches; returns the residuals of each as far as they arose on this rank.
+    ) -> list[Ran]:
+        """Run all microbatches.
 
         Gradients are added to the weights' buffers; nothing is reduced over ranks.
         """
         messages = self.message_plan(plan, microbatches, forward_only)
+        tasks = messages.graph.tasks
+        shapes = {key: self._shapes(task, key) for task in tasks for key in task.makes}
         executor = StageExecutor(
             messages,
             {model.stage.number: model for model in self.models},
-            Transport(messages, self.state.pp_group, self._buffer(messages)),
-            {key: self._shapes(task, key) for task in messages.graph.tasks for key in task.makes},
+            Transport(messages, self.state.pp_group, self._buffer(messages, shapes)),
+            shapes,
             self.models[0].heads,
             measure,
         )
         taken: list[tuple[Any, Microbatch]] = []
         losses: dict[int, torch.Tensor] = {}
+        results: dict[int, Any] = {}
         residuals = [
             plan_residuals(plan, self.state.platform.device) if measure else None
             for _ in range(microbatches)
@@ -104,19 +113,18 @@ class SpanningPipeline:
                 executor.backward(action, losses.pop(number, None))
                 continue
             batch, microbatch = taken[number]
-            task = messages.graph.tasks[action.task]
             output = executor.forward(action, microbatch)
             if output.loss is not None:
-                losses[number] = loss_of(batch, output.loss)
-            _add_residuals(residuals[number], plan, task, output)
+                losses[number], results[number] = loss_of(batch, output.loss)
+            _add_residuals(residuals[number], plan, tasks[action.task], output)
         executor.transport.finish()
-        return residuals
+        return [Ran(results.get(number), moved) for number, moved in enumerate(residuals)]
 
     def _microbatch(self, batch: Any) -> tuple[Any, Microbatch]:
         contexts = self.models[0].contexts(batch.tokens, batch.position_ids, batch.document_ids)
         return batch, Microbatch(batch.tokens, batch.labels, contexts)
 
-    def _shapes(self, task: Task, key: Key) -> tuple[tuple[int, ...], ...]:
+    def _shapes(self, task: Task, key: Key) -> Shapes:
         """Of the tensors of a value on its way from this rank."""
         heads, sequences = self.models[0].heads, self.payload.sequences
         tokens = tokens_of(task, key, self.payload)
@@ -126,13 +134,14 @@ class SpanningPipeline:
             return ((tokens, sequences, *one),) * 2
         return ((tokens, sequences, self.payload.hidden_size),)
 
-    def _buffer(self, messages: MessagePlan) -> Callable[[Message], torch.Tensor]:
+    def _buffer(
+        self, messages: MessagePlan, shapes: Mapping[Key, Shapes]
+    ) -> Callable[[Message], torch.Tensor]:
         dtype, device = self.models[0].config.params_dtype, self.state.platform.device
 
         def buffer(message: Message) -> torch.Tensor:
-            task = messages.graph.tasks[message.maker]
-            shapes = [s for key in messages.keys(message) for s in self._shapes(task, key)]
-            elements = sum(torch.Size(shape).numel() for shape in shapes)
+            parts = (shape for key in messages.keys(message) for shape in shapes[key])
+            elements = sum(torch.Size(shape).numel() for shape in parts)
             return torch.empty(elements, dtype=dtype, device=device)
 
         return buffer

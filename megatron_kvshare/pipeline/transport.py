@@ -30,8 +30,6 @@ class Transport:
             rank: _Inbox(plan.between(rank, self.rank), self._receiver(rank, buffer))
             for rank in others
         }
-        self.source = {m: rank for rank, box in self.inboxes.items() for m in box.order}
-        self.bytes_sent = 0
 
     def _channel(self, source: int, target: int) -> dist.ProcessGroup | None:
         """Up and down by different groups: a pair's messages in one NCCL communicator would wait
@@ -56,13 +54,12 @@ class Transport:
         channel = self._channel(self.rank, target)
         work = dist.isend(flat, self.global_ranks[target], group=channel)
         assert work is not None
-        self.bytes_sent += flat.numel() * flat.element_size()
         self.sending = [(w, t) for w, t in self.sending if not w.is_completed()]
         self.sending.append((work, flat))
 
     def take(self, message: Message) -> torch.Tensor:
         """Wait for a message."""
-        return self.inboxes[self.source[message]].take(message)
+        return self.inboxes[self.plan.source(message)].take(message)
 
     def finish(self) -> None:
         for work, _ in self.sending:
@@ -80,7 +77,6 @@ class _Inbox:
         order: list[Message],
         receive: Callable[[Message], tuple[dist.Work, torch.Tensor]],
     ) -> None:
-        self.order = order
         self.coming = deque(order)
         self.receive = receive
         self.posted: deque[tuple[Message, dist.Work, torch.Tensor]] = deque()

@@ -23,12 +23,13 @@ from megatron_kvshare.sharing.plan import (
     StepMode,
     Sweep,
     Visit,
+    subset_length,
 )
 from megatron_kvshare.sharing.solver import jacobi_plan
 
 KV_BYTES_PER_ELEMENT = 2  # a cache is kept in 16 bit
 _FLOPS_PER_MAC = 2
-_TRAIN_OVER_FORWARD = 3  # forward + backward
+TRAIN_OVER_FORWARD = 3  # forward + backward
 # AdamW per element: two moments 7, bias corrections 2, update 4, decay 2; gradient clipping 3.
 _OPTIMIZER_FLOPS_PER_PARAMETER = 18
 
@@ -201,8 +202,8 @@ def _sweeps(plan: ExecutionPlan) -> Iterator[tuple[Segment, Sweep]]:
 
 def train_flops_per_token(shape: ModelShape, plan: ExecutionPlan) -> float:
     """Forward and backward of all layers and the head, per token of a batch, optimizer left out."""
-    layers = _layer_flops(shape, plan, gradient_weight=_TRAIN_OVER_FORWARD)
-    return layers + _TRAIN_OVER_FORWARD * head_flops(shape)
+    layers = _layer_flops(shape, plan, gradient_weight=TRAIN_OVER_FORWARD)
+    return layers + TRAIN_OVER_FORWARD * head_flops(shape)
 
 
 def train_step_flops(shape: ModelShape, plan: ExecutionPlan, tokens: int) -> float:
@@ -296,7 +297,7 @@ def _mean_visible_in_visit(
     pairs = _visible_pairs(
         shape.seq_length, window, map.is_upward(layer), sweep.stride, visit.offset, known
     )
-    return pairs / len(range(visit.offset, shape.seq_length, sweep.stride) or (0,))
+    return pairs / max(1, subset_length(shape.seq_length, sweep.stride, visit.offset))
 
 
 @cache

@@ -45,7 +45,7 @@ def stage_work(plan: ExecutionPlan, placement: Placement, payload: PayloadShape)
 
 def _work_with_head(plan: ExecutionPlan, payload: PayloadShape) -> list[float]:
     work = layer_work(payload.model, plan)
-    work[-1] += 3 * cost.head_flops(payload.model)
+    work[-1] += cost.TRAIN_OVER_FORWARD * cost.head_flops(payload.model)
     return work
 
 

@@ -91,10 +91,20 @@ class MessagePlan:
         edge = self.edges[message.maker][message.rank]
         return edge.keys if message.forward else edge.gradients
 
+    @cached_property
+    def _routes(self) -> dict[tuple[int, int], list[Message]]:
+        routes: dict[tuple[int, int], list[Message]] = {}
+        for source, actions in enumerate(self.order):
+            for message in (each for action in actions for each in self.sent_after(action)):
+                routes.setdefault((source, self.target(message)), []).append(message)
+        return routes
+
     def between(self, source: int, target: int) -> list[Message]:
         """Everything that goes from one rank to another, in the order in which it is sent."""
-        sent = (message for action in self.order[source] for message in self.sent_after(action))
-        return [message for message in sent if self.target(message) == target]
+        return self._routes.get((source, target), [])
+
+    def source(self, message: Message) -> int:
+        return self.graph.rank(message.maker) if message.forward else message.rank
 
     def target(self, message: Message) -> int:
         return message.rank if message.forward else self.graph.rank(message.maker)

@@ -13,6 +13,11 @@ from enum import StrEnum
 from megatron_kvshare.sharing.map import SharingMap
 
 
+def subset_length(length: int, stride: int, offset: int) -> int:
+    """How many of ``length`` tokens have ``t % stride == offset``."""
+    return len(range(offset, length, stride))
+
+
 class StepMode(StrEnum):
     """How much of a layer one step needs."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_kvshare.sharing.cost import (
+    TRAIN_OVER_FORWARD,
     ModelShape,
     head_flops,
     kv_projection_flops,
@@ -14,9 +15,6 @@ from megatron_kvshare.sharing.order import TaskGraph
 from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.tasks import Kind, Task, tasks_of
-
-_BACKWARD = 2
-"""Backward takes two products for each of forward's."""
 
 
 def task_graph(shape: ModelShape, plan: ExecutionPlan, placement: Placement) -> TaskGraph:
@@ -32,10 +30,10 @@ def _costs(shape: ModelShape, sharing: SharingMap, task: Task) -> tuple[float, f
     if task.kind is Kind.LAYERS:
         assert task.segment is not None
         forward = segment_flops(shape, sharing, task.segment, gradient_weight=1)
-        both = segment_flops(shape, sharing, task.segment, gradient_weight=1 + _BACKWARD)
+        both = segment_flops(shape, sharing, task.segment, gradient_weight=TRAIN_OVER_FORWARD)
         return forward, both - forward
     forward = _forward(shape, sharing, task)
-    return forward, _BACKWARD * forward if task.gradient else 0.0
+    return forward, (TRAIN_OVER_FORWARD - 1) * forward if task.gradient else 0.0
 
 
 def _forward(shape: ModelShape, sharing: SharingMap, task: Task) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from megatron_kvshare.sharing.placement import Placement, Stage
@@ -73,7 +74,7 @@ class Task:
     makes: tuple[Key, ...] = ()
     old: Mapping[int, Key | None] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def reads(self) -> tuple[Key, ...]:
         """Every value once, in a fixed order."""
         kv = (key for source in (self.kv, self.outside) for keys in source.values() for key in keys)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_kvshare.sharing.cost import ModelShape, step_flops
+from megatron_kvshare.sharing.cost import TRAIN_OVER_FORWARD, ModelShape, step_flops
 from megatron_kvshare.sharing.messages import MessagePlan
 from megatron_kvshare.sharing.placement import PayloadShape, Placement, boundary_widths
-from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.plan import ExecutionPlan, subset_length
 from megatron_kvshare.sharing.task_cost import task_graph
 from megatron_kvshare.sharing.tasks import Key, Kind, Task
 
@@ -18,7 +18,7 @@ def tokens_of(task: Task, key: Key, payload: PayloadShape) -> int:
     of the rank's part, and of both only the subset of a visit."""
     stride = task.the_sweep.stride if task.kind in (Kind.VISIT, Kind.CARRY) else 1
     length = payload.seq_length if key.is_kv else payload.rows
-    return len(range(key.offset, length, stride))
+    return subset_length(length, stride, key.offset)
 
 
 def bytes_sent(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[int]:
@@ -50,7 +50,7 @@ def layer_work(shape: ModelShape, plan: ExecutionPlan) -> list[float]:
         for sweep in segment.sweeps:
             for step, share in sweep.weighted_steps:
                 flops = share * step_flops(shape, plan.map, step)
-                work[step.layer] += flops * (3 if sweep.gradient else 1)
+                work[step.layer] += flops * (TRAIN_OVER_FORWARD if sweep.gradient else 1)
     return work
 
 

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.describe import describe
-from megatron_kvshare.config.pipeline import payload_shape, placement
+from megatron_kvshare.config.pipeline import pipeline_lines, placement
 from megatron_kvshare.config.pretrain import batch_layout
 from megatron_kvshare.config.shape import execution_plan, model_shape, recipe
 from megatron_kvshare.data.data_plan import DataPlan
 from megatron_kvshare.sharing import cost, draw
-from megatron_kvshare.sharing.draw_stages import stage_lines
 from megatron_kvshare.sharing.memory import (
     TrainingLayout,
     TrainingMemory,
@@ -96,13 +95,9 @@ def _layout_lines(
 
 
 def _stage_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
-    if config.parallel.pipeline_model_parallel_size == 1:
-        return []
     shape = model_shape(config.model, vocab_size, config.sharing.window_size)
     micro = config.train.micro_batch_size
-    payload = payload_shape(config.model, config.parallel, micro, shape)
-    placed = placement(config.model, config.sharing, config.parallel)
-    return stage_lines(execution_plan(config.model, config.sharing), placed, payload)
+    return pipeline_lines(config.model, config.sharing, config.parallel, micro, shape)
 
 
 def _memory(config: PretrainConfig, vocab_size: int, data_parallel: int) -> TrainingMemory:

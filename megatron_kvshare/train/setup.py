@@ -106,9 +106,7 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
             StageChunk(each, *stage_formats(cut, model.stage, payload, model.heads))
             for each, model in zip(wrapped, models, strict=True)
         ],
-        spanning=SpanningPipeline(cut, models, state, shape, payload)
-        if cut.spanning_groups
-        else None,
+        spanning=SpanningPipeline(cut, models, state, payload) if cut.spanning_groups else None,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.train),
         progress=Progress() if found is None else found.progress,

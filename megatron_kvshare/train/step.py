@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ from megatron_kvshare.megatron_api.optimizer import (
 from megatron_kvshare.megatron_api.parallel import all_reduce_
 from megatron_kvshare.megatron_api.schedule import finalize_gradients, run_schedule
 from megatron_kvshare.model.kv import relative_change
+from megatron_kvshare.pipeline.spanning import Ran
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import Recipe, Solver, exact_plan, solver_plan
 from megatron_kvshare.train.guards import all_finite
@@ -177,24 +178,22 @@ def _by_tasks(
     """Cyclic groups round the pipeline, by the tasks of their sweeps."""
     assert run.spanning is not None
     nothing = torch.zeros((), dtype=torch.float64, device=run.state.platform.device)
-    sums = [(nothing, nothing)] * count
-    numbers = iter(range(count))
 
-    def loss_of(batch: Batch, value: torch.Tensor) -> torch.Tensor:
+    def loss_of(batch: Batch, value: torch.Tensor) -> tuple[torch.Tensor, Any]:
         losses, num_tokens = _counted(batch, value)
-        sums[next(numbers)] = (losses.detach().double().sum(), num_tokens)
-        return losses.sum()
+        return losses.sum(), (losses.detach().double().sum(), num_tokens)
 
-    residuals: list[torch.Tensor | None] = []
-    while len(residuals) < count:  # one order for each global batch, evaluations have many
-        some = min(run.layout.num_microbatches, count - len(residuals))
+    ran: list[Ran] = []
+    while len(ran) < count:  # one order for each global batch, evaluations have many
+        some = min(run.layout.num_microbatches, count - len(ran))
         more = (loss_of, how.measure_residual, forward_only)
-        residuals += run.spanning.run(how.plan, batches, some, *more)
+        ran += run.spanning.run(how.plan, batches, some, *more)
+    sums = [each.result or (nothing, nothing) for each in ran]
     if not forward_only:
         num_tokens = torch.stack([tokens for _, tokens in sums]).sum()
         finalize_gradients(run.models, num_tokens.int())
-    pairs = zip(sums, residuals, strict=True)
-    return torch.stack([_row(*each, moved) for each, moved in pairs])
+    pairs = zip(sums, ran, strict=True)
+    return torch.stack([_row(*both, each.residuals) for both, each in pairs])
 
 
 def _counted(batch: Batch, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from tests.unit.model.test_core_attention import (
     LENGTH,
     WIDTH,
     LargestTensor,
+    assert_same_with_gradients,
     random_inputs,
 )
 
@@ -49,11 +50,7 @@ def test_equals_explicit_masks(heads, strict, stride):
             source = blocks_of(*inputs[1:], stride, known)
             out = attend(inputs[0], source, Visibility(strict, offset=offset))
             expected = naive(*inputs, may_see(stride, offset, known, strict))
-            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-            ours = torch.autograd.grad((out * weights).sum(), inputs)
-            theirs = torch.autograd.grad((expected * weights).sum(), inputs)
-            for got, wanted in zip((out, *ours), (expected, *theirs), strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+            assert_same_with_gradients(out, expected, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -41,6 +41,14 @@ def naive(query, key, value, documents, positions, strict, window):
     return torch.stack(rows, dim=1)
 
 
+def assert_same_with_gradients(out, expected, inputs):
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((out * weights).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weights).sum(), inputs)
+    for got, wanted in zip((out, *ours), (expected, *theirs), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+
+
 SUBSETS = {
     "all": None,
     "strided": torch.arange(1, LENGTH, 3),
@@ -60,11 +68,7 @@ def test_equals_explicit_masks(heads, strict, subset):
         inputs = random_inputs(heads, len(chosen))
         out = attend(inputs[0], KV(*inputs[1:]), layout.visibility(strict, window))
         expected = naive(*inputs, documents, chosen, strict, window)
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-        ours = torch.autograd.grad((out * weights).sum(), inputs)
-        theirs = torch.autograd.grad((expected * weights).sum(), inputs)
-        for got, wanted in zip((out, *ours), (expected, *theirs), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+        assert_same_with_gradients(out, expected, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
