@@ -23,7 +23,7 @@ class Published(torch.nn.Module):
         self.model, self.passes = model, passes
 
     def forward(self, entering, contexts, plan, measure_residual):
-        model, sharing, hidden = self.model, plan.map, entering.hidden
+        sharing, hidden = plan.map, entering.hidden
         kv: dict[int, KVBlocks] = {}
         groups, layer = dict(sharing.cyclic_groups), 0
         while layer < sharing.num_layers:
