@@ -101,3 +101,10 @@ def test_forward_and_backward_run_outside_the_mode(single, monkeypatch):
 
 def type_of_a_tensor() -> str:
     return torch.zeros(1).type()
+
+
+def test_without_a_gpu_megatron_compiles_nothing():
+    from megatron.core import jit
+
+    assert torch.compile.__module__ == "torch", "torch's own is back after the import"
+    assert torch.cuda.is_available() or jit.jit_fuser is jit.noop_decorator
