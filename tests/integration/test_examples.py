@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_kvshare.cli.main import main
 from tests.integration.conftest import ROOT, Workspace
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("pretrain_*.sh"))
@@ -35,11 +36,30 @@ FULL_SIZE_LINES = {
 }
 
 
-def dry_run(workspace: Workspace, name: str, **environment: str) -> str:
-    done = workspace.bash(f"bash examples/{name} --dry-run", environment)
-    assert done.returncode == 0, done.stderr
-    assert "Dry run" in done.stdout
-    return done.stdout + done.stderr
+# Stands for Python on a machine without GPUs: shows what it is asked to start.
+SHOWING_PYTHON = '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n'
+
+
+@pytest.fixture
+def dry_run(workspace: Workspace, tmp_path: Path, monkeypatch, capsys):
+    """What the command that an example starts would train; in this process, which has torch."""
+    assert workspace.bash("bash examples/prepare_corpus.sh").returncode == 0
+    showing = tmp_path / "python"
+    showing.write_text(SHOWING_PYTHON)
+    showing.chmod(0o755)
+
+    def run(name: str, **environment: str) -> str:
+        started = workspace.bash(f"bash examples/{name}", {**environment, "PYTHON": str(showing)})
+        assert started.returncode == 0, started.stderr
+        module, package, *arguments = started.stdout.splitlines()
+        assert (module, package, arguments[0]) == ("-m", "megatron_kvshare", "pretrain")
+        monkeypatch.chdir(workspace.folder)
+        assert main([*arguments, "--dry-run"]) == 0
+        report = capsys.readouterr().out
+        assert "Dry run" in report
+        return report + started.stderr
+
+    return run
 
 
 def map_of(report: str) -> str:
@@ -59,20 +79,20 @@ def test_every_example_is_listed_here():
 
 
 @pytest.mark.parametrize("name", sorted({*EXAMPLES} - {"pretrain_1b_top_share.sh"}))
-def test_without_a_gpu_an_example_plans_its_family(name: str, workspace: Workspace):
-    report = dry_run(workspace, name)
+def test_without_a_gpu_an_example_plans_its_family(name: str, dry_run):
+    report = dry_run(name)
     assert "no GPU here" in report
     assert map_of(report) == SMALL_MAPS[name]
 
 
 @pytest.mark.parametrize("name", FULL_SIZE_LINES)
-def test_the_full_size_plan(name: str, workspace: Workspace):
-    report = dry_run(workspace, name, FULL_SIZE="1")
+def test_the_full_size_plan(name: str, dry_run):
+    report = dry_run(name, FULL_SIZE="1")
     assert map_of(report).endswith(FULL_SIZE_LINES[name])
 
 
-def test_aggressive_sharing(workspace: Workspace):
-    report = dry_run(workspace, "pretrain_1b_top_share.sh", KV_LAYERS="3")
+def test_aggressive_sharing(dry_run):
+    report = dry_run("pretrain_1b_top_share.sh", KV_LAYERS="3")
     assert map_of(report) == "0_6_6_6_6_6_6_7"
 
 
