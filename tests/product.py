@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_kvshare.config import ModelConfig, ParallelConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.model.parameters import gather_by_name, parameter_pieces
+from megatron_kvshare.model.parameters import fill, gather_by_name, parameter_pieces
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import jacobi_plan
 from tests import oracle
@@ -103,17 +103,11 @@ class Tiny:
         )
 
 
-@torch.no_grad()
 def load_by_name(model: KVShareGPT, weights: dict[str, Tensor]) -> None:
     """Put full tensors into the local parameters; padding becomes zero."""
-    parameters = dict(model.named_parameters())
-    used = set()
-    for local_name, pieces in parameter_pieces(model).items():
-        parameters[local_name].zero_()
-        for piece in pieces:
-            piece.of_local(parameters[local_name]).copy_(piece.of_full(weights[piece.name]))
-            used.add(piece.name)
-    assert used == set(weights), f"names differ: {used ^ set(weights)}"
+    fill(model, weights.__getitem__)
+    names = {piece.name for pieces in parameter_pieces(model).values() for piece in pieces}
+    assert names == set(weights), f"names differ: {names ^ set(weights)}"
 
 
 def loss_and_gradients(

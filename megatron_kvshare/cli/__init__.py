@@ -1,1 +1,1 @@
-"""Thin commands behind ``kvshare`` (L6)."""
+"""Thin commands behind ``kvshare`` (L7)."""

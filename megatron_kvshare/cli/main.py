@@ -1,4 +1,4 @@
-"""The command ``kvshare``: runs a subcommand and turns user errors into plain messages (L6).
+"""The command ``kvshare``: runs a subcommand and turns user errors into plain messages (L7).
 
 Subcommands are imported when they are called, so ``kvshare --help`` needs no torch and is quick.
 """
@@ -32,6 +32,12 @@ COMMANDS = {
     "train-tokenizer": Command("train_tokenizer", "train a SentencePiece tokenizer on your text"),
     "preprocess": Command("preprocess", "turn jsonl or plain text into Megatron .bin/.idx files"),
     "pretrain": Command("pretrain", "train a model; the same command on a laptop and on a cluster"),
+    "convert": Command(
+        "convert", "to-hf and from-hf: checkpoints to and from Hugging Face folders"
+    ),
+    "verify": Command(
+        "verify", "whether a checkpoint and a Hugging Face folder are the same model"
+    ),
 }
 
 EXAMPLES = """\
@@ -43,6 +49,7 @@ A first tour (every command explains its flags with --help):
       --tokenizer-type SentencePieceTokenizer --tokenizer-model runs/tok.model
   kvshare pretrain --config my.yaml --kv-pattern sandwich-top --kv-layers 11 --dry-run
   torchrun --nproc_per_node 8 -m megatron_kvshare pretrain --config my.yaml
+  kvshare convert to-hf --load runs/my/checkpoint --save runs/my/hf
 
 Flags keep Megatron's names and a YAML file takes the same keys. Ready runs are in examples/."""
 

@@ -1,4 +1,4 @@
-"""``kvshare plan``: draws a sharing map and prints what it costs, without a GPU (L6)."""
+"""``kvshare plan``: draws a sharing map and prints what it costs, without a GPU (L7)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""``kvshare preprocess``: jsonl or plain text to Megatron ``.bin/.idx`` files (L6)."""
+"""``kvshare preprocess``: jsonl or plain text to Megatron ``.bin/.idx`` files (L7)."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 
+from megatron_kvshare.cli.progress import ProgressLine
 from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.data import TokenizerType
 from megatron_kvshare.config.types import SCHEMA, Count, dataclass
@@ -75,27 +75,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 class _Reporter:
-    """A progress line on stderr: rewritten in place on a terminal, every 30 s elsewhere."""
+    """Shows how far the input has been read."""
 
     def __init__(self, started: float) -> None:
-        self.started = started
-        self.in_place = sys.stderr.isatty()
-        self.pause = 0.5 if self.in_place else 30.0
-        self.last = started
+        self.line = ProgressLine(started)
 
     def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        is_end = progress.bytes_read >= progress.total_bytes
-        if now - self.last < self.pause and not (is_end and self.in_place):
-            return
-        self.last = now
-        elapsed = now - self.started
-        share = min(1.0, progress.bytes_read / progress.total_bytes)
-        left = elapsed / share - elapsed if share else 0.0
-        rate = progress.tokens / max(elapsed, 1e-9)
-        line = (
-            f"{share:4.0%}  {progress.documents:,} documents  {progress.tokens:,} tokens  "
-            f"{rate:,.0f} tokens/s  ETA {left:.0f} s"
-        )
-        end = ("\n" if is_end else "") if self.in_place else "\n"
-        print(f"\r{line:<79}" if self.in_place else line, end=end, file=sys.stderr, flush=True)
+        rate = progress.tokens / self.line.elapsed
+        counts = f"{progress.documents:,} documents  {progress.tokens:,} tokens"
+        share = progress.bytes_read / progress.total_bytes
+        self.line.show(share, f"{counts}  {rate:,.0f} tokens/s")

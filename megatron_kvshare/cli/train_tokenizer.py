@@ -1,4 +1,4 @@
-"""``kvshare train-tokenizer``: a SentencePiece tokenizer from jsonl or plain text (L6)."""
+"""``kvshare train-tokenizer``: a SentencePiece tokenizer from jsonl or plain text (L7)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -78,6 +80,18 @@ def initialize(
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     return current_state(platform)
+
+
+@contextlib.contextmanager
+def alone(backend: str = "gloo") -> Iterator[ParallelState]:
+    """This process as a world of one, for work on whole models; groups that are there are kept."""
+    if parallel_state.model_parallel_is_initialized():
+        yield current_state(activate(backend))
+        return
+    try:
+        yield initialize(backend=backend)
+    finally:
+        destroy()
 
 
 def current_state(platform: Platform) -> ParallelState:

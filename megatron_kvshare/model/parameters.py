@@ -1,14 +1,15 @@
 """The parameter map (L3): every local weight as parts of true, named, full tensors.
 
-Names are those of Hugging Face's Llama. Initialisation, checkpoints, comparisons across layouts and
-conversion all ask :func:`parameter_pieces`; nobody else knows how weights are fused or split.
+Names and shapes are those of :mod:`megatron_kvshare.sharing.weights`. Initialisation, checkpoints
+and comparisons across layouts ask :func:`parameter_pieces`; nobody else knows how weights are fused
+or split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_kvshare.config.shape import model_shape
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.model.layer import KVShareLayer
+from megatron_kvshare.sharing.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    layer_prefix,
+    weight_shapes,
+)
 
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
@@ -59,12 +67,12 @@ class _Splitter:
         self.tp_rank = tp_rank
         self.tp_size = tp_size
 
-    def even(self, name: str, shape: tuple[int, int], dim: int, local_start: int = 0) -> Piece:
+    def even(self, name: str, shape: tuple[int, ...], dim: int, local_start: int = 0) -> Piece:
         part = shape[dim] // self.tp_size
         start = self.tp_rank * part
         return Piece(name, shape, dim, start, start + part, local_start)
 
-    def stacked(self, *parts: tuple[str, tuple[int, int]]) -> tuple[Piece, ...]:
+    def stacked(self, *parts: tuple[str, tuple[int, ...]]) -> tuple[Piece, ...]:
         """Several matrices, each split by rows, one above the other in one local parameter."""
         pieces: list[Piece] = []
         for name, shape in parts:
@@ -72,7 +80,7 @@ class _Splitter:
             pieces.append(self.even(name, shape, 0, below))
         return tuple(pieces)
 
-    def vocabulary(self, name: str, vocab_size: int, local_rows: int, hidden: int) -> Piece:
+    def vocabulary(self, name: str, vocab_size: int, hidden: int, local_rows: int) -> Piece:
         start = min(self.tp_rank * local_rows, vocab_size)
         stop = min((self.tp_rank + 1) * local_rows, vocab_size)
         return Piece(name, (vocab_size, hidden), 0, start, stop)
@@ -83,51 +91,52 @@ def shape_part(piece: Piece) -> int:
     return piece.stop - piece.start
 
 
+_EVEN = {
+    "self_attention.linear_proj": ("self_attn.o_proj.weight", 1),
+    "mlp.linear_fc2": ("mlp.down_proj.weight", 1),
+}
+_STACKED = {
+    "self_attention.linear_qkv": tuple(f"self_attn.{p}_proj.weight" for p in "qkv"),
+    "mlp.linear_fc1": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+}
+_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+
 def parameter_pieces(model: KVShareGPT) -> dict[str, tuple[Piece, ...]]:
     """Local parameter name -> the pieces of full tensors it holds, top to bottom."""
-    heads, hidden = model.heads, model.config.hidden_size
-    split = _Splitter(heads.tp_rank, heads.tp_size)
+    shape = model_shape(model.model_config, model.vocab_size)
+    shapes = weight_shapes(shape, model.plan.map)
+    split = _Splitter(model.heads.tp_rank, model.heads.tp_size)
     pieces: dict[str, tuple[Piece, ...]] = {}
-    ends = {"embedding": "model.embed_tokens.weight", "output_layer": "lm_head.weight"}
-    if model.share_embeddings_and_output_weights:
-        ends["output_layer"] = ends["embedding"]
-    for end, name in ends.items():
+    tied = model.share_embeddings_and_output_weights
+    for end, name in (("embedding", EMBEDDING), ("output_layer", EMBEDDING if tied else HEAD)):
         weight = getattr(getattr(model, end), "weight", None)
         if weight is not None:
-            part = split.vocabulary(name, model.vocab_size, weight.shape[0], hidden)
+            part = split.vocabulary(name, *shapes[name], weight.shape[0])
             pieces[f"{end}.weight"] = (part,)
     if model.decoder.final_layernorm is not None:
-        pieces["decoder.final_layernorm.weight"] = (Piece("model.norm.weight", (hidden,)),)
-    for local, layer in enumerate(model.decoder.layers):
-        prefix = f"model.layers.{model.stage.first + local}."
-        for name, parts in _layer_pieces(prefix, layer, split, hidden).items():
+        pieces["decoder.final_layernorm.weight"] = (Piece(FINAL_NORM, shapes[FINAL_NORM]),)
+    for local, number in enumerate(model.stage.layers):
+        prefix = layer_prefix(number)
+        mine = {name: each for name, each in shapes.items() if name.startswith(prefix)}
+        for name, parts in _layer_pieces(prefix, mine, split).items():
             pieces[f"decoder.layers.{local}.{name}"] = parts
     assert pieces.keys() == dict(model.named_parameters()).keys(), "a parameter has no name"
     return pieces
 
 
 def _layer_pieces(
-    prefix: str, layer: KVShareLayer, split: _Splitter, hidden: int
+    prefix: str, shapes: Mapping[str, tuple[int, ...]], split: _Splitter
 ) -> dict[str, tuple[Piece, ...]]:
-    attention = layer.self_attention
-    heads = attention.heads
-    projections = [("q", heads.query_width)]
-    if attention.is_producer:
-        projections += [("k", heads.kv_width), ("v", heads.kv_width)]
-    rows = [(f"{prefix}self_attn.{p}_proj.weight", (width, hidden)) for p, width in projections]
-    ffn = layer.mlp.linear_fc2.weight.shape[1] * split.tp_size
-    gated = [(f"{prefix}mlp.{p}_proj.weight", (ffn, hidden)) for p in ("gate", "up")]
-    output = (hidden, heads.query_width)
-    norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
-    return {
-        "self_attention.linear_qkv.weight": split.stacked(*rows),
-        "self_attention.linear_proj.weight": (
-            split.even(f"{prefix}self_attn.o_proj.weight", output, 1),
-        ),
-        "mlp.linear_fc1.weight": split.stacked(*gated),
-        "mlp.linear_fc2.weight": (split.even(f"{prefix}mlp.down_proj.weight", (hidden, ffn), 1),),
-        **{norm: (Piece(prefix + norm, (hidden,)),) for norm in norms},
-    }
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    for local, names in _STACKED.items():
+        full = [prefix + name for name in names if prefix + name in shapes]
+        pieces[f"{local}.weight"] = split.stacked(*((name, shapes[name]) for name in full))
+    for local, (name, dim) in _EVEN.items():
+        pieces[f"{local}.weight"] = (split.even(prefix + name, shapes[prefix + name], dim),)
+    for norm in _NORMS:
+        pieces[norm] = (Piece(prefix + norm, shapes[prefix + norm]),)
+    return pieces
 
 
 def _initial_tensor(piece: Piece, seed: int, std: float) -> torch.Tensor:
@@ -157,6 +166,16 @@ def initialize(model: KVShareGPT, seed: int) -> None:
                 piece, seed, residual_std if is_output else settings.init_method_std
             )
             piece.of_local(parameters[local_name]).copy_(piece.of_full(full))
+
+
+@torch.no_grad()
+def fill(model: KVShareGPT, read: Callable[[str], torch.Tensor]) -> None:
+    """Set the weights from full tensors, each asked for by its name; padding becomes zero."""
+    parameters = dict(model.named_parameters())
+    for local_name, pieces in parameter_pieces(model).items():
+        parameters[local_name].zero_()
+        for piece in pieces:
+            piece.of_local(parameters[local_name]).copy_(piece.of_full(read(piece.name)))
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

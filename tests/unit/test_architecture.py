@@ -26,9 +26,10 @@ LEVELS = {
     "data": 4,
     "checkpoint": 4,
     "train": 5,
-    "inference": 5,
-    "cli": 6,
-    "__main__": 7,
+    "huggingface": 5,
+    "inference": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 ALLOWED_SIBLINGS = {("config", "sharing")}
 """Configuration is validated with the map it names."""
@@ -42,7 +43,11 @@ ALL_CODE = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 
+STAND_ALONE = {"configuration_kvshare.py", "modeling_kvshare.py"}
+"""Travel with exports: a whole model in one file each, with the signatures transformers calls."""
+
 MAX_FILE_LINES = 400
+MAX_STAND_ALONE_LINES = 700
 MAX_FUNCTION_LINES = 60
 MAX_CLASS_LINES = 250
 MAX_PARAMETERS = 7
@@ -161,14 +166,15 @@ def nesting(node: ast.AST, depth: int = 0) -> int:
 
 def too_big(path: Path) -> Iterator[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
-    if len(lines) > MAX_FILE_LINES:
+    alone = path.name in STAND_ALONE
+    if len(lines) > (MAX_STAND_ALONE_LINES if alone else MAX_FILE_LINES):
         yield f"{len(lines)} lines in the file"
     for number, line in enumerate(lines, 1):
         if len(line) > MAX_LINE_LENGTH:
             yield f"line {number}: {len(line)} characters"
     for node in ast.walk(parsed(path)):
         if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
-            yield from too_big_definition(node)
+            yield from (fault for fault in too_big_definition(node) if not alone)
 
 
 def too_big_definition(

@@ -1,0 +1,93 @@
+"""A native checkpoint as one process sees it (L4): found, described, its weights at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_kvshare.checkpoint import folder as folders
+from megatron_kvshare.checkpoint.description import ModelDescription
+from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megatron_kvshare.checkpoint.tensors import NativeWeights, TensorInfo, TensorSource
+from megatron_kvshare.config import ParallelConfig
+from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.parameters import fill
+from megatron_kvshare.sharing.solver import solver_plan
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint of any layout, opened without starting its ranks."""
+
+    folder: Path
+    manifest: Manifest
+    description: ModelDescription
+    weights: NativeWeights
+
+
+def open_checkpoint(path: Path) -> StoredModel:
+    """Open the newest checkpoint of a ``--save`` folder, or one ``iter_*`` folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its tensors are not those of its model.
+    """
+    folder = path
+    if not (path / MANIFEST).is_file():
+        iteration = folders.latest_iteration(path) if path.is_dir() else None
+        if iteration is None:
+            rule = f"there is no checkpoint of megatron_kvshare in it (no {folders.TRACKER})"
+            fix = "give the --save folder of a run, or one of its iter_* folders"
+            raise CheckpointError(Fault("--load", str(path), rule, fix))
+        folder = folders.iteration_folder(path, iteration)
+    manifest = read_manifest(folder)
+    description, weights = ModelDescription.of(manifest), NativeWeights(folder)
+    check_weights(folder, weights.tensors, description.weights)
+    return StoredModel(folder, manifest, description, weights)
+
+
+def check_weights(
+    folder: Path, found: Mapping[str, TensorInfo], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise :class:`CheckpointError` with everything that is missing, too much or of another
+    shape."""
+    rules = {name: "it is missing" for name in wanted.keys() - found.keys()}
+    rules |= {name: "the model has no such tensor" for name in found.keys() - wanted.keys()}
+    rules |= {
+        name: f"the model's has the shape {wanted[name]}"
+        for name in found.keys() & wanted.keys()
+        if found[name].shape != wanted[name]
+    }
+    if not rules:
+        return
+    fix = "complete the files, or give the configuration that belongs to them"
+    faults = [
+        Fault(f"{folder}: {name}", found[name].shape if name in found else None, rule, fix)
+        for name, rule in sorted(rules.items())
+    ]
+    if len(faults) > _SHOWN:
+        rest = f"{len(faults) - _SHOWN} more tensors do not fit"
+        faults[_SHOWN:] = [Fault(str(folder), None, rest, fix)]
+    raise CheckpointError(faults)
+
+
+_SHOWN = 8
+
+
+def whole_model(
+    description: ModelDescription, source: TensorSource, state: ParallelState
+) -> KVShareGPT:
+    """The native model in one process and in fp32, with the weights of ``source``."""
+    assert state.world_size == 1, "one process holds the whole model"
+    model = KVShareGPT(
+        replace(description.model, bf16=False, recompute_granularity=None),
+        ParallelConfig(),
+        solver_plan(description.map, description.recipe),
+        description.vocab_size,
+        state,
+        description.window_size,
+    )
+    fill(model, source.read)
+    return model.eval()

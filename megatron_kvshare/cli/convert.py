@@ -1,0 +1,140 @@
+"""``kvshare convert to-hf | from-hf``: checkpoints to and from Hugging Face folders (L7)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+from megatron_kvshare.cli.progress import ProgressLine
+from megatron_kvshare.config import SharingConfig
+from megatron_kvshare.config.cli import Command, parse
+from megatron_kvshare.config.types import SCHEMA, Count, Positive, dataclass
+from megatron_kvshare.errors import ConfigError, Fault
+
+_TO_EXAMPLES = """\
+  kvshare convert to-hf --load runs/small-sandwich-top-4/checkpoint --save runs/hf
+  python -c 'from transformers import AutoModelForCausalLM as M
+  print(M.from_pretrained("runs/hf", trust_remote_code=True))'
+
+--load is the --save folder of a run (its newest checkpoint), or one iter_* folder, of any
+tensor- and pipeline-parallel layout; one process is enough. A standard map becomes a plain
+LlamaForCausalLM. The folder is proven before it gets its name: every tensor bit by bit, and the
+logits of both models."""
+
+_FROM_EXAMPLES = """\
+  kvshare convert from-hf --hf llama --save runs/llama
+  kvshare convert from-hf --hf llama --save runs/shared --kv-pattern sandwich-middle --kv-layers 15
+  kvshare pretrain --load runs/shared --finetune ...
+
+Takes exports of this program, Llama and Mistral models, and published LCKV checkpoints.
+Checkpoints of stock Megatron-LM come in through their Hugging Face export. With --kv-pattern or
+--kv-map a model without sharing becomes a shared-KV one, to be trained on."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class ToHuggingFaceConfig:
+    """Native checkpoint to Hugging Face folder."""
+
+    load: str
+    """The --save folder of a run, or one of its iter_* folders."""
+    save: str
+    """Folder to write; it must not be there yet, or be empty."""
+    tokenizer_model: str | None = None
+    """Tokenizer file or folder; left out: the one the model was trained with."""
+    without_tokenizer: bool = False
+    """Write no tokenizer files."""
+    max_shard_gb: Positive = 5.0
+    """Largest size of one safetensors file, in GB."""
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class FromHuggingFaceConfig:
+    """Hugging Face folder to native checkpoint."""
+
+    hf: str
+    """Folder with config.json and safetensors."""
+    save: str
+    """Folder to write, as --save of a run; it must not be there yet, or be empty."""
+    kv_init: Literal["mean", "target", "aligned", "random"] = "mean"
+    """With another map: keys and values of a producer are the mean over the layers that read it
+    (mean), its own (target), the mean after matching heads (aligned), or drawn anew (random)."""
+    seed: Count = 1234
+    """Seed of --kv-init random."""
+    sharing: SharingConfig = field(default_factory=SharingConfig)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run ``to-hf`` or ``from-hf``."""
+    directions: dict[str, Callable[[Sequence[str]], int]] = {"to-hf": _to_hf, "from-hf": _from_hf}
+    if argv and argv[0] in directions:
+        return directions[argv[0]](argv[1:])
+    if argv and argv[0] in ("--help", "-h"):
+        print(f"usage: kvshare convert to-hf|from-hf [flags]\n\nExamples:\n{_TO_EXAMPLES}")
+        print(f"\n{_FROM_EXAMPLES}\n\nEach direction explains its flags with --help.")
+        return 0
+    given = argv[0] if argv else None
+    fix = "write `kvshare convert to-hf ...` or `kvshare convert from-hf ...`"
+    raise ConfigError(Fault("kvshare convert", given, "the directions are to-hf and from-hf", fix))
+
+
+def _to_hf(argv: Sequence[str]) -> int:
+    command = Command(
+        "kvshare convert to-hf", "Write a checkpoint as a Hugging Face folder.", _TO_EXAMPLES
+    )
+    config = parse(ToHuggingFaceConfig, argv, command)
+    from megatron_kvshare.checkpoint.stored import open_checkpoint
+    from megatron_kvshare.huggingface.export import ExportJob, export
+    from megatron_kvshare.huggingface.verify import verify
+    from megatron_kvshare.megatron_api import parallel
+
+    stored = open_checkpoint(Path(config.load))
+    job = ExportJob(
+        save=Path(config.save),
+        tokenizer_model=config.tokenizer_model,
+        without_tokenizer=config.without_tokenizer,
+        max_shard_bytes=round(config.max_shard_gb * 1e9),
+    )
+    with parallel.alone() as state:
+        export(stored, job, lambda folder: _say(verify(stored, folder, state)), _progress())
+    print(f"wrote {config.save}: {stored.folder} as a Hugging Face model")
+    return 0
+
+
+def _from_hf(argv: Sequence[str]) -> int:
+    command = Command(
+        "kvshare convert from-hf", "Make a checkpoint of a Hugging Face folder.", _FROM_EXAMPLES
+    )
+    config = parse(FromHuggingFaceConfig, argv, command)
+    from megatron_kvshare.huggingface.importing import ImportJob, import_folder, open_folder
+    from megatron_kvshare.huggingface.kv_init import KVInit
+    from megatron_kvshare.megatron_api import parallel
+
+    changed = config.sharing.kv_map is not None or config.sharing.kv_pattern != "standard"
+    job = ImportJob(
+        hf=Path(config.hf),
+        save=Path(config.save),
+        sharing=config.sharing if changed else None,
+        kv_init=KVInit(config.kv_init),
+        seed=config.seed,
+    )
+    found = open_folder(job.hf)
+    for file in found.missing:
+        print(f"warning: {job.hf} has no {file}; the weights are imported all the same")
+    with parallel.alone() as state:
+        _say(import_folder(found, job, state))
+    print(f"wrote {job.save}; train on with: kvshare pretrain --load {job.save} --finetune ...")
+    return 0
+
+
+def _progress() -> Callable[[int, int], None]:
+    line = ProgressLine()
+    return lambda written, of: line.show(
+        written / of, f"{written / 1e9:,.2f} of {of / 1e9:,.2f} GB"
+    )
+
+
+def _say(what: object) -> None:
+    print(f"proven: {what}", file=sys.stderr)

@@ -1,0 +1,33 @@
+"""A progress line with the time that is left, on stderr (L7)."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class ProgressLine:
+    """Rewritten in place on a terminal, every 30 s elsewhere."""
+
+    def __init__(self, started: float | None = None) -> None:
+        self.started = time.monotonic() if started is None else started
+        self.in_place = sys.stderr.isatty()
+        self.pause = 0.5 if self.in_place else 30.0
+        self.last = self.started
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return max(time.monotonic() - self.started, 1e-9)
+
+    def show(self, share: float, text: str) -> None:
+        """``share`` of the work is done; ``text`` says it in its own units."""
+        is_end = share >= 1
+        if self.elapsed + self.started - self.last < self.pause and not (is_end and self.in_place):
+            return
+        self.last = self.elapsed + self.started
+        share = min(1.0, share)
+        left = self.elapsed / share - self.elapsed if share else 0.0
+        line = f"{share:4.0%}  {text}  ETA {left:.0f} s"
+        end = ("\n" if is_end else "") if self.in_place else "\n"
+        print(f"\r{line:<79}" if self.in_place else line, end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""Native checkpoint -> Hugging Face folder (L5): written aside, proven, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_kvshare.checkpoint.stored import StoredModel
+from megatron_kvshare.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.huggingface import folder as folders
+from megatron_kvshare.huggingface.card import model_card
+from megatron_kvshare.huggingface.settings import is_plain_llama, to_config
+from megatron_kvshare.huggingface.tokenizer import write_tokenizer
+
+CODE = ("configuration_kvshare.py", "modeling_kvshare.py")
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """What to write besides the weights. ``tokenizer_model`` None: the one of the training."""
+
+    save: Path
+    tokenizer_model: str | None = None
+    without_tokenizer: bool = False
+    max_shard_bytes: int = folders.MAX_SHARD_BYTES
+
+
+def export(
+    stored: StoredModel,
+    job: ExportJob,
+    prove: Callable[[Path], None],
+    done: Callable[[int, int], None] = lambda written, of: None,
+) -> None:
+    """Write the folder ``job.save``. ``prove`` gets the finished folder before it has its name,
+    and raises if the model in it is another.
+
+    Raises:
+        CheckpointError: the folder is in the way, the tokenizer is not that of the training, ...
+    """
+    tokenizer = _tokenizer(stored, job)
+    with written_aside(job.save) as aside:
+        _write(stored, job, tokenizer, aside, done)
+        prove(aside)
+
+
+@contextlib.contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that gets its name once the block has ended well, else vanishes.
+
+    Raises:
+        CheckpointError: ``target`` is there and not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        rule, fix = "there is something already", "give a new folder, or remove it first"
+        raise CheckpointError(Fault("--save", str(target), rule, fix))
+    aside = target.with_name(target.name + ".partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        if target.exists():
+            target.rmdir()
+        aside.rename(target)
+    except OSError as error:
+        fix = "free space or permissions there, or choose another folder"
+        rule = f"it cannot be written: {error}"
+        raise CheckpointError(Fault("--save", str(target), rule, fix)) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(
+    stored: StoredModel,
+    job: ExportJob,
+    tokenizer: tuple[Tokenizer, Path] | None,
+    folder: Path,
+    done: Callable[[int, int], None],
+) -> None:
+    description = stored.description
+    tokens = write_tokenizer(*tokenizer, folder).ids if tokenizer else {}
+    config = to_config(description, weights_dtype(stored), tokens)
+    folders.write_json(folder / folders.CONFIG, config)
+    generation = {"_from_model_config": True, "do_sample": False, **tokens}
+    folders.write_json(folder / "generation_config.json", generation)
+    if not is_plain_llama(description.map):
+        for name in CODE:
+            shutil.copy(_HERE / name, folder / name)
+    card = model_card(stored.manifest, description, job.save.name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    folders.write_weights(stored.weights, folder, job.max_shard_bytes, done)
+
+
+def weights_dtype(stored: StoredModel) -> torch.dtype:
+    """The one type of all weights."""
+    kinds = {info.dtype for info in stored.weights.tensors.values()}
+    assert len(kinds) == 1, "weights of several types"
+    return kinds.pop()
+
+
+def _tokenizer(stored: StoredModel, job: ExportJob) -> tuple[Tokenizer, Path] | None:
+    """The tokenizer of the training, or None where it had none or is not wanted."""
+    trained_with, settings = stored.description.tokenizer, stored.manifest.config
+    path = job.tokenizer_model or settings.get("tokenizer_model")
+    if job.without_tokenizer or (path is None and trained_with is None):
+        return None
+    fix = "give --tokenizer-model PATH, or --without-tokenizer"
+    if path is None or not Path(path).exists():
+        rule = "the tokenizer of the training is not there any more"
+        raise CheckpointError(Fault("--tokenizer-model", path, rule, fix))
+    kind = settings.get("tokenizer_type") or "SentencePieceTokenizer"
+    if job.tokenizer_model is not None:
+        is_piece = Path(path).suffix == ".model"
+        kind = "SentencePieceTokenizer" if is_piece else "HuggingFaceTokenizer"
+    tokenizer = load_tokenizer(kind, path)
+    if trained_with not in (None, tokenizer.fingerprint):
+        rule = "it is another tokenizer than that of the training"
+        raise CheckpointError(Fault("--tokenizer-model", path, rule, fix))
+    if tokenizer.vocab_size > stored.description.vocab_size:
+        rule = f"it has {tokenizer.vocab_size} ids, the embedding {stored.description.vocab_size}"
+        raise CheckpointError(Fault("--tokenizer-model", path, rule, fix))
+    return tokenizer, Path(path)

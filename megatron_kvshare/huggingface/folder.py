@@ -1,0 +1,138 @@
+"""The files of a Hugging Face folder (L5): safetensors read and written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_kvshare.checkpoint.tensors import TensorInfo, TensorSource
+from megatron_kvshare.errors import CheckpointError, Fault
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def broken(path: Path, value: object, rule: str, fix: str) -> CheckpointError:
+    """The error for a file of the folder."""
+    return CheckpointError(Fault(str(path), value, rule, fix))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. Raises :class:`CheckpointError`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        fix = "give a folder written by save_pretrained or by `kvshare convert to-hf`"
+        raise broken(path, "missing", "the folder has no such file", fix) from error
+    except (OSError, ValueError) as error:
+        raise broken(path, str(error), "it is no readable JSON", "download it again") from error
+    if not isinstance(content, dict):
+        raise broken(path, type(content).__name__, "it must hold an object", "download it again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class HuggingFaceWeights:
+    """The tensors of a folder; every shard is opened, none is read before it is asked for.
+
+    Raises:
+        CheckpointError: a shard is missing or damaged, or the index does not fit the shards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self._shard_of: dict[str, Path] = {}
+        listed = self._listed()
+        for shard in dict.fromkeys(listed.values()) if listed else [SINGLE]:
+            self._open(folder / shard)
+        astray = [name for name, shard in listed.items() if self._where(name) != shard]
+        if astray:
+            rule = f"{len(astray)} tensors are not where it says, {astray[0]} among them"
+            raise broken(folder / INDEX, len(listed), rule, "download index and shards again")
+
+    def _listed(self) -> dict[str, str]:
+        if not (self.folder / INDEX).is_file():
+            return {}
+        listed = read_json(self.folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            rule = "it must hold a weight_map"
+            raise broken(self.folder / INDEX, listed, rule, "download it again")
+        return listed
+
+    def _where(self, name: str) -> str | None:
+        shard = self._shard_of.get(name)
+        return None if shard is None else shard.name
+
+    def _open(self, shard: Path) -> None:
+        if not shard.is_file():
+            pickled = list(self.folder.glob("*.bin"))
+            rule = "the weights are missing"
+            fix = "complete the download"
+            if pickled:
+                rule = f"there are only pickled weights ({pickled[0].name}), which can run code"
+                fix = "save the model as safetensors (save_pretrained does)"
+            raise broken(shard, "missing", rule, fix)
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  # no mapping
+                    part = file.get_slice(name)
+                    dtype = _DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        rule = f"tensor {name} has the type {part.get_dtype()}"
+                        fix = f"save it in one of {', '.join(_DTYPES)}"
+                        raise broken(shard, part.get_dtype(), rule, fix)
+                    self.tensors[name] = TensorInfo(tuple(part.get_shape()), dtype)
+                    self._shard_of[name] = shard
+        except (SafetensorError, OSError, struct.error) as error:
+            rule = "it is no complete safetensors file"
+            raise broken(shard, str(error), rule, "download it again") from error
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        try:
+            with safe_open(self._shard_of[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            where = self._shard_of[name]
+            raise broken(where, str(error), "it is damaged", "download it again") from error
+
+
+def write_weights(
+    source: TensorSource,
+    folder: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    done: Callable[[int, int], None] = lambda written, of: None,
+) -> None:
+    """Write ``model*.safetensors`` and, for several, their index; one shard at a time in memory.
+
+    ``done`` is told the bytes written so far, and of how many.
+    """
+    plan = split_state_dict_into_shards_factory(
+        dict(source.tensors),
+        get_storage_size=lambda info: info.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    total = sum(info.num_bytes for info in source.tensors.values())
+    written = 0
+    for shard, names in plan.filename_to_tensors.items():
+        tensors = {name: source.read(name).contiguous() for name in names}
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        written += sum(source.tensors[name].num_bytes for name in names)
+        done(written, total)
+    if plan.is_sharded:
+        weight_map = dict(sorted(plan.tensor_to_filename.items()))
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": weight_map})

@@ -1,0 +1,186 @@
+"""Hugging Face folder -> native checkpoint (L5): read, translated, written aside, proven."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_kvshare import __version__
+from megatron_kvshare.checkpoint.description import ModelDescription
+from megatron_kvshare.checkpoint.manifest import Manifest, Progress
+from megatron_kvshare.checkpoint.save import save_checkpoint
+from megatron_kvshare.checkpoint.stored import StoredModel, check_weights, open_checkpoint
+from megatron_kvshare.checkpoint.tensors import TensorSource
+from megatron_kvshare.config import (
+    DataConfig,
+    ParallelConfig,
+    PretrainConfig,
+    SharingConfig,
+)
+from megatron_kvshare.config.describe import as_dict
+from megatron_kvshare.config.rules_model import sharing_map
+from megatron_kvshare.config.shape import recipe
+from megatron_kvshare.data.tokenizers import HuggingFaceTokenizer
+from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.huggingface import folder as folders
+from megatron_kvshare.huggingface.export import ExportJob, export, written_aside
+from megatron_kvshare.huggingface.kv_init import KVInit, SharedKVWeights
+from megatron_kvshare.huggingface.settings import from_config
+from megatron_kvshare.huggingface.verify import (
+    Verified,
+    comparable,
+    runs_here,
+    verify,
+)
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.parameters import fill
+from megatron_kvshare.sharing.solver import solver_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportJob:
+    """``sharing``: make a shared-KV model of it, with keys and values from ``kv_init``."""
+
+    hf: Path
+    save: Path
+    sharing: SharingConfig | None = None
+    kv_init: KVInit = KVInit.MEAN
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class HuggingFaceModel:
+    """A folder that fits itself: configuration, tokenizer and weights belong together.
+
+    ``missing``: what a complete folder would have besides.
+    """
+
+    folder: Path
+    description: ModelDescription
+    weights: folders.HuggingFaceWeights
+    missing: tuple[str, ...]
+
+
+def open_folder(folder: Path) -> HuggingFaceModel:
+    """Open a folder, reading no weights yet.
+
+    Raises:
+        CheckpointError: with what is missing, damaged or cannot be built here.
+    """
+    config = folders.read_json(folder / folders.CONFIG)
+    description = from_config(config)
+    weights = comparable(folders.HuggingFaceWeights(folder), description.weights)
+    check_weights(folder, weights.tensors, description.weights)
+    kinds = {info.dtype for info in weights.tensors.values()}
+    model = replace(description.model, bf16=kinds == {torch.bfloat16})
+    missing = (
+        []
+        if "auto_map" not in config
+        else [file for file in _code_files(config) if not (folder / file).is_file()]
+    )
+    fingerprint = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = HuggingFaceTokenizer(folder)
+        fingerprint = tokenizer.fingerprint
+        if tokenizer.vocab_size > description.vocab_size:
+            rule = f"it has {tokenizer.vocab_size} ids, the embedding {description.vocab_size}"
+            fix = "give the tokenizer that belongs to the model"
+            raise CheckpointError(Fault(str(folder / "tokenizer.json"), "too large", rule, fix))
+    else:
+        missing.append("tokenizer.json")
+    description = replace(description, model=model, tokenizer=fingerprint)
+    return HuggingFaceModel(folder, description, weights, tuple(missing))
+
+
+def _code_files(config: dict) -> list[str]:
+    modules = {str(value).partition(".")[0] for value in config["auto_map"].values()}
+    return sorted(f"{module}.py" for module in modules)
+
+
+def shared(found: HuggingFaceModel, job: ImportJob) -> tuple[ModelDescription, TensorSource]:
+    """What will be saved: the model as it is, or with the sharing that was asked for."""
+    if job.sharing is None:
+        return found.description, found.weights
+    map = sharing_map(found.description.model, job.sharing)
+    description = replace(
+        found.description,
+        map=map,
+        recipe=recipe(job.sharing),
+        window_size=job.sharing.window_size if any(map.windowed) else None,
+    )
+    weights = SharedKVWeights(found.weights, found.description, map, job.kv_init, job.seed)
+    return description, weights
+
+
+def import_folder(found: HuggingFaceModel, job: ImportJob, state: ParallelState) -> Verified:
+    """Write ``job.save`` as a run would have and prove it; what is not proven gets no name.
+
+    Raises:
+        CheckpointError, MapError: the folder is in the way, the map does not fit, the proof fails.
+    """
+    description, source = shared(found, job)
+    with written_aside(job.save) as aside:
+        _save(description, source, found, aside, state)
+        return _prove(open_checkpoint(aside), found, job, state)
+
+
+def _save(
+    description: ModelDescription,
+    source: TensorSource,
+    found: HuggingFaceModel,
+    root: Path,
+    state: ParallelState,
+) -> None:
+    model = KVShareGPT(
+        description.model,
+        ParallelConfig(),
+        solver_plan(description.map, description.recipe),
+        description.vocab_size,
+        state,
+        description.window_size,
+    )
+    fill(model, source.read)
+    manifest = Manifest(
+        identity=description.identity,
+        progress=Progress(),
+        tensor_parallel=1,
+        data_parallel=1,
+        optimizer_format=None,
+        config=_settings(description, found),
+        versions={
+            "megatron_kvshare": __version__,
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+        },
+    )
+    save_checkpoint(root, manifest, [model], None, state)
+
+
+def _settings(description: ModelDescription, found: HuggingFaceModel) -> dict:
+    """The settings a run would have, for the reader and for a later export."""
+    sharing = SharingConfig(kv_map=description.map.notation, window_size=description.window_size)
+    has_tokenizer = description.tokenizer is not None
+    data = DataConfig(
+        tokenizer_type="HuggingFaceTokenizer" if has_tokenizer else "NullTokenizer",
+        tokenizer_model=str(found.folder.resolve()) if has_tokenizer else None,
+    )
+    return as_dict(PretrainConfig(model=description.model, sharing=sharing, data=data))
+
+
+def _prove(
+    stored: StoredModel, found: HuggingFaceModel, job: ImportJob, state: ParallelState
+) -> Verified:
+    """Against the folder where it can be run as it is, else against an export of the result."""
+    config = folders.read_json(found.folder / folders.CONFIG)
+    if job.sharing is None and runs_here(config):
+        return verify(stored, found.folder, state)
+    results: list[Verified] = []
+    with tempfile.TemporaryDirectory(dir=job.save.parent) as scratch:
+        again = ExportJob(save=Path(scratch) / "again", without_tokenizer=True)
+        export(stored, again, lambda folder: results.append(verify(stored, folder, state)))
+    return results[0]

@@ -1,0 +1,58 @@
+"""The exported model as the tests build it: from the same weights, by name, as the native one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_kvshare.checkpoint.description import ModelDescription
+from megatron_kvshare.huggingface.configuration_kvshare import KVShareConfig
+from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
+from megatron_kvshare.huggingface.settings import to_config
+from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.solver import RECIPES, Recipe
+from tests.product import Tiny
+
+TINY = Tiny()
+
+
+def description(
+    sharing: SharingMap, recipe: Recipe = RECIPES["paper"], tiny: Tiny = TINY
+) -> ModelDescription:
+    return ModelDescription(
+        model=tiny.config(sharing.num_layers),
+        map=sharing,
+        recipe=recipe,
+        window_size=tiny.window if any(sharing.windowed) else None,
+        vocab_size=tiny.vocabulary,
+    )
+
+
+def exported(
+    sharing: SharingMap,
+    weights: dict[str, Tensor],
+    recipe: Recipe = RECIPES["paper"],
+    tiny: Tiny = TINY,
+    **settings: Any,
+) -> KVShareForCausalLM:
+    """The modelling file's model; ``settings`` overrule those of its config.json."""
+    import torch
+
+    content = to_config(description(sharing, recipe, tiny), torch.float32, {})
+    usual = {"attn_implementation": "sdpa", **_sharing(sharing, tiny)}
+    config = KVShareConfig(**{**content, **usual, **settings})
+    model = KVShareForCausalLM(config)
+    missing = model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    assert not missing.unexpected_keys
+    assert set(missing.missing_keys) <= {"lm_head.weight"}
+    return model.eval()
+
+
+def _sharing(sharing: SharingMap, tiny: Tiny) -> dict[str, Any]:
+    """A standard map is exported as a plain Llama; here the modelling file runs it too."""
+    return {
+        "kv_source_layers": list(sharing.sources),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
