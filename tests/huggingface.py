@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_kvshare.checkpoint.description import ModelDescription
+from megatron_kvshare.checkpoint.tensors import TensorInfo
+from megatron_kvshare.huggingface import export
 from megatron_kvshare.huggingface.configuration_kvshare import KVShareConfig
+from megatron_kvshare.huggingface.export import CODE
+from megatron_kvshare.huggingface.folder import write_json, write_weights
 from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
-from megatron_kvshare.huggingface.settings import to_config
+from megatron_kvshare.huggingface.settings import is_plain_llama, to_config
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
 from tests.product import Tiny
@@ -37,8 +44,6 @@ def exported(
     **settings: Any,
 ) -> KVShareForCausalLM:
     """The modelling file's model; ``settings`` overrule those of its config.json."""
-    import torch
-
     content = to_config(description(sharing, recipe, tiny), torch.float32, {})
     usual = {"attn_implementation": "sdpa", **_sharing(sharing, tiny)}
     config = KVShareConfig(**{**content, **usual, **settings})
@@ -56,3 +61,34 @@ def _sharing(sharing: SharingMap, tiny: Tiny) -> dict[str, Any]:
         "kv_source_layers": list(sharing.sources),
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
+
+
+class InMemory:
+    """A tensor source of given tensors."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.tensors = {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def write_folder(
+    folder: Path,
+    sharing: SharingMap,
+    recipe: Recipe = RECIPES["paper"],
+    tiny: Tiny = TINY,
+    max_shard_bytes: int = 10**9,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Path:
+    """A Hugging Face folder with random weights; ``settings`` overrule those of config.json."""
+    folder.mkdir(parents=True)
+    about = description(sharing, recipe, tiny)
+    weights = {name: x.to(dtype) for name, x in tiny.weights(sharing).items()}
+    write_weights(InMemory(weights), folder, max_shard_bytes)
+    write_json(folder / "config.json", {**to_config(about, dtype, {}), **settings})
+    for name in () if is_plain_llama(sharing) else CODE:
+        shutil.copy(Path(export.__file__).parent / name, folder / name)
+    return folder

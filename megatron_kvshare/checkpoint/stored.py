@@ -45,6 +45,8 @@ def open_checkpoint(path: Path) -> StoredModel:
     manifest = read_manifest(folder)
     description, weights = ModelDescription.of(manifest), NativeWeights(folder)
     check_weights(folder, weights.tensors, description.weights)
+    # In the order of the model: files list tensors in the order in which ranks wrote them.
+    weights.tensors = {name: weights.tensors[name] for name in description.weights}
     return StoredModel(folder, manifest, description, weights)
 
 

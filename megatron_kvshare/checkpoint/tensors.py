@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_kvshare.errors import CheckpointError, Fault
@@ -64,8 +65,9 @@ class NativeWeights:
                 torch_checkpoint.load(
                     wanted, storage_reader=_KnownMetadata(self.folder, self._metadata), no_dist=True
                 )
-        except Exception as error:  # the library raises many kinds for a damaged file
-            raise damaged(self.folder, f"tensor {name} cannot be read: {error}") from error
+        except CheckpointException as error:  # no Exception: a collection of what every rank met
+            reason = next(iter(error.failures.values()))[0]
+            raise damaged(self.folder, f"tensor {name} cannot be read: {reason!r}") from error
         return wanted[name]
 
 

@@ -45,7 +45,7 @@ def model_card(manifest: Manifest, description: ModelDescription, name: str) -> 
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})',
         'inputs = tokenizer("The state of the", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
         "```",

@@ -17,7 +17,8 @@ from megatron_kvshare.checkpoint.tensors import TensorInfo, TensorSource
 from megatron_kvshare.errors import CheckpointError, Fault
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
+"""As which type a stored one is read: there is no training in fp16, and fp32 holds it exactly."""
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -104,7 +105,8 @@ class HuggingFaceWeights:
         """One tensor, on the CPU."""
         try:
             with safe_open(self._shard_of[name], framework="pt") as file:
-                return file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor.to(self.tensors[name].dtype)
         except (SafetensorError, OSError) as error:
             where = self._shard_of[name]
             raise broken(where, str(error), "it is damaged", "download it again") from error

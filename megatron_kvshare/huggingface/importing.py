@@ -78,11 +78,7 @@ def open_folder(folder: Path) -> HuggingFaceModel:
     check_weights(folder, weights.tensors, description.weights)
     kinds = {info.dtype for info in weights.tensors.values()}
     model = replace(description.model, bf16=kinds == {torch.bfloat16})
-    missing = (
-        []
-        if "auto_map" not in config
-        else [file for file in _code_files(config) if not (folder / file).is_file()]
-    )
+    missing = [file for file in _code_files(config) if not (folder / file).is_file()]
     fingerprint = None
     if (folder / "tokenizer.json").is_file():
         tokenizer = HuggingFaceTokenizer(folder)
@@ -98,7 +94,7 @@ def open_folder(folder: Path) -> HuggingFaceModel:
 
 
 def _code_files(config: dict) -> list[str]:
-    modules = {str(value).partition(".")[0] for value in config["auto_map"].values()}
+    modules = {str(value).partition(".")[0] for value in (config.get("auto_map") or {}).values()}
     return sorted(f"{module}.py" for module in modules)
 
 

@@ -548,6 +548,15 @@ class KVSharePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
 
 
+def refuse(unknown: dict[str, Any]) -> None:
+    """An argument that is ignored may change results without a word (a cache under a new name):
+    what is not known here must be off."""
+    harmless = {"return_dict", "cache_position"}
+    wanted = [name for name, value in unknown.items() if value is not None and value is not False]
+    if not set(wanted) <= harmless:
+        raise ValueError(f"this model does not take {', '.join(sorted(set(wanted) - harmless))}")
+
+
 class KVShareModel(KVSharePreTrainedModel):
     """The decoder without its head."""
 
@@ -568,8 +577,11 @@ class KVShareModel(KVSharePreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **_: Any,
+        cache: Any = None,
+        **unknown: Any,
     ) -> BaseModelOutputWithPast:
+        refuse(unknown)
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -623,16 +635,22 @@ class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        cache: Any = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **unknown: Any,
     ) -> CausalLMOutputWithPast:
-        output = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
-        )
+        refuse(unknown)
+        past = (
+            cache if past_key_values is None else past_key_values
+        )  # its name before and from 5.24
+        output = self.model(input_ids, attention_mask, position_ids, past, inputs_embeds, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch
+            )
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=output.past_key_values
         )

@@ -80,10 +80,15 @@ def to_config(
 
 def _sharing(description: ModelDescription) -> dict[str, Any]:
     map, recipe = description.map, description.recipe
-    return {
+    layers = {
         "kv_source_layers": list(map.sources),
         "kv_windowed_layers": [layer for layer, on in enumerate(map.windowed) if on],
         "kv_window_size": description.window_size if any(map.windowed) else None,
+    }
+    if not map.is_cyclic:
+        return layers
+    return {
+        **layers,
         **{theirs: getattr(recipe, ours) for ours, theirs in _RECIPE.items()},
         "iter_stride": recipe.stride if recipe.solver is Solver.STRIDED else 1,
         "iter_start": str(recipe.start),
@@ -200,11 +205,13 @@ class _Reader:
         map = self._of_depth(SharingMap(tuple(sources), windowed), layers, "kv_source_layers")
         stride = self.config.get("iter_stride", 1)
         recipe = Recipe(
-            solver=Solver.STRIDED if stride > 1 else Solver.JACOBI,
+            solver=Solver.JACOBI if stride == 1 else Solver.STRIDED,
             stride=stride,
             start=Start(self.config.get("iter_start", "zero")),
             **{ours: self.config[key] for ours, key in _RECIPE.items() if key in self.config},
         )
+        if on and not self.config.get("kv_window_size"):
+            self.fault("kv_window_size", "kv_windowed_layers needs it", "mend config.json")
         return {"map": map, "recipe": recipe, "window_size": self.config.get("kv_window_size")}
 
     def _of_depth(self, map: SharingMap, layers: int, key: str) -> SharingMap:

@@ -91,7 +91,11 @@ def _copied(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> Writ
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    usual = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    usual = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
     write_json(folder / "tokenizer_config.json", {**usual, **settings})
 
 

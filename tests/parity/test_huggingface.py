@@ -138,12 +138,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-@pytest.mark.parametrize("recipe", ["paper", "fast"])
-@generating()
+def batches() -> list:
+    """Every map greedily and by beams; sampling is transformers' own, one map will do."""
+    found = itertools.product(GENERATING, ("paper", "fast"), ("greedy", "beams"))
+    found = [*found, ("top", "paper", "sampling"), ("top", "fast", "sampling")]
+    return [pytest.param(GENERATING[m], r, WAYS[w], id=f"{m}-{r}-{w}") for m, r, w in found]
+
+
+@pytest.mark.parametrize(("sharing", "recipe", "way"), batches())
 def test_a_left_padded_batch_generates_what_each_row_does_alone(sharing, recipe, way):
-    if way.get("do_sample") and sharing is not TOP:
-        pytest.skip("sampling is transformers' own: one map will do")
     model = exported(sharing, TINY.weights(sharing), RECIPES[recipe])
     rows = [random_tokens(TINY.vocabulary, 1, length, seed=length) for length in (5, 9, 1)]
     longest = max(row.shape[1] for row in rows)
