@@ -5,4 +5,15 @@ Importing the package is cheap: torch and megatron-core are imported by the modu
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public functions, imported when they are asked for."""
+    if name == "load_model":
+        return importlib.import_module("megatron_kvshare.inference.api").load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

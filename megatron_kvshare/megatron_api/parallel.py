@@ -82,10 +82,15 @@ def initialize(
     return current_state(platform)
 
 
+def is_initialized() -> bool:
+    """Whether megatron-core's groups are there."""
+    return bool(parallel_state.model_parallel_is_initialized())
+
+
 @contextlib.contextmanager
 def alone(backend: str = "gloo") -> Iterator[ParallelState]:
     """This process as a world of one, for work on whole models; groups that are there are kept."""
-    if parallel_state.model_parallel_is_initialized():
+    if is_initialized():
         yield current_state(activate(backend))
         return
     try:
@@ -115,7 +120,7 @@ def current_state(platform: Platform) -> ParallelState:
 def destroy(keep_world: bool = False) -> None:
     """Tear down the groups; ``keep_world`` leaves ``torch.distributed`` itself for another
     layout."""
-    if parallel_state.model_parallel_is_initialized():
+    if is_initialized():
         parallel_state.destroy_model_parallel()
     if not keep_world and dist.is_initialized():
         dist.destroy_process_group()

@@ -28,6 +28,8 @@ from megatron_kvshare.sharing.plan import (
 )
 
 _EXACT_STRIDE = 8
+EXACT_RESIDUAL_FP32, EXACT_RESIDUAL_BF16 = 1e-6, 4e-3
+"""KV that move by less have converged: about the rounding of one sweep."""
 
 
 class Solver(StrEnum):

@@ -20,13 +20,16 @@ from megatron_kvshare.megatron_api.schedule import finalize_gradients, run_sched
 from megatron_kvshare.model.kv import relative_change
 from megatron_kvshare.pipeline.spanning import Ran
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.solver import Recipe, Solver, exact_plan, solver_plan
+from megatron_kvshare.sharing.solver import (
+    EXACT_RESIDUAL_BF16,
+    EXACT_RESIDUAL_FP32,
+    Recipe,
+    Solver,
+    exact_plan,
+    solver_plan,
+)
 from megatron_kvshare.train.guards import all_finite
 from megatron_kvshare.train.run import Run
-
-_EXACT_RESIDUAL_FP32, _EXACT_RESIDUAL_BF16 = 1e-6, 4e-3
-"""KV that move by less have converged: about the rounding of one sweep."""
-
 
 _EXACT_ROUND_THE_PIPELINE = Recipe(
     solver=Solver.STRIDED, stride=8, forward_passes=7, backward_passes=1
@@ -106,7 +109,7 @@ def evaluate(run: Run) -> Evaluation:
 
 
 def _exact_plan(run: Run) -> ExecutionPlan:
-    residual = _EXACT_RESIDUAL_BF16 if run.config.model.bf16 else _EXACT_RESIDUAL_FP32
+    residual = EXACT_RESIDUAL_BF16 if run.config.model.bf16 else EXACT_RESIDUAL_FP32
     if run.spanning:
         return solver_plan(run.plan.map, _EXACT_ROUND_THE_PIPELINE)
     length, parallel = run.config.model.seq_length, run.config.parallel

@@ -115,7 +115,7 @@ def test_every_part_of_the_package_has_a_level():
 def test_imports_go_down_only(path):
     part = part_of(path)
     if part == "__init__":
-        # The package itself may name things of its lowest level only.
+        # The package itself may name things of its lowest level only; the rest when asked for.
         edges = [found for found in imported_modules(path) if found[1].startswith(NAME)]
         assert all(module.split(".")[1] == "errors" for _, module in edges)
         return

@@ -1,0 +1,1 @@
+"""Trained models in use (L6): loaded whole in one process, scored, evaluated."""

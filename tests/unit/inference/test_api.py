@@ -1,0 +1,78 @@
+"""``load_model``: the same logits from a native checkpoint and from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_kvshare import load_model
+from megatron_kvshare.cli.main import main
+from megatron_kvshare.errors import CheckpointError, ConfigError
+from megatron_kvshare.sharing.patterns import build_map
+from megatron_kvshare.sharing.solver import RECIPES
+from tests.huggingface import TINY, exported, write_folder
+from tests.product import random_tokens
+
+TOP = build_map(8, "sandwich-top", 3)
+LENGTH = 19
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, single):
+    root = tmp_path_factory.mktemp("models")
+    write_folder(root / "hf", TOP, RECIPES["cheapest"])
+    assert (
+        main(["convert", "from-hf", "--hf", str(root / "hf"), "--save", str(root / "native")]) == 0
+    )
+    return root
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return random_tokens(TINY.vocabulary, 2, LENGTH, seed=3)
+
+
+@pytest.mark.parametrize("kind", ["hf", "native", "native/iter_0000000"])
+def test_passes_and_exact(kind, folders, tokens):
+    model = load_model(folders / kind)
+    weights = TINY.weights(TOP)
+    passes = model.logits(tokens)
+    assert passes.shape == (2, LENGTH, TINY.vocabulary) and passes.dtype == torch.float32
+    wanted = exported(TOP, weights, RECIPES["cheapest"])(tokens).logits
+    assert (passes - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    exact = model.logits(tokens, mode="exact")
+    wanted = TINY.oracle(TOP, weights).token_by_token(tokens)
+    assert (exact - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (exact - passes).abs().max() > 1e-3
+
+
+def test_a_later_token_changes_no_earlier_logit(folders, tokens):
+    model = load_model(folders / "native")
+    other = tokens.clone()
+    other[:, 9] += 1 - 2 * (other[:, 9] > 0).long()
+    for mode in ("passes", "exact"):
+        before, after = (model.logits(x, mode=mode) for x in (tokens, other))
+        assert torch.equal(before[:, :9], after[:, :9]) or mode == "exact"
+        assert (before[:, :9] - after[:, :9]).abs().max() <= 1e-5
+
+
+WRONG = {
+    "shape": (torch.tensor([1, 2]), "passes", r"\[batch, seq\]"),
+    "floats": (torch.ones(1, 2), "passes", "whole numbers"),
+    "too large": (torch.tensor([[40]]), "passes", "0 to 39"),
+    "negative": (torch.tensor([[-1]]), "passes", "0 to 39"),
+    "empty": (torch.empty(1, 0, dtype=torch.long), "passes", "at least one"),
+    "mode": (torch.tensor([[1]]), "fast", "passes .* exact"),
+}
+
+
+@pytest.mark.parametrize(("token_ids", "mode", "says"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_tokens(token_ids, mode, says, folders):
+    model = load_model(folders / "native")
+    with pytest.raises(ConfigError, match=says):
+        model.logits(token_ids, mode=mode)
+
+
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load_model(tmp_path / "missing")
