@@ -27,7 +27,8 @@ CORE = [
 ]
 EXTRAS = {
     "deepspeed": ["deepspeed"],
-    "hf": ["transformers", "tokenizers"],
+    "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf"],
+    "eval": ["lm_eval>=0.4.13", "accelerate", "transformers"],
     "tracking": ["wandb", "tensorboard"],
     "test": [
         "pytest",
@@ -39,6 +40,8 @@ EXTRAS = {
         "matplotlib",
     ],
 }
+# lm-eval brings much that nothing else here needs.
+ALL = [group for group in EXTRAS if group != "eval"]
 
 setup(
     name="megatron_kvshare",
@@ -50,6 +53,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_kvshare", "megatron_kvshare.*"]),
     install_requires=CORE,
-    extras_require={**EXTRAS, "all": sorted({name for group in EXTRAS.values() for name in group})},
+    extras_require={**EXTRAS, "all": sorted({name for group in ALL for name in EXTRAS[group]})},
     entry_points={"console_scripts": ["kvshare = megatron_kvshare.cli.main:entry"]},
 )

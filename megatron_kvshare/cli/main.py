@@ -35,6 +35,7 @@ COMMANDS = {
     "convert": Command(
         "convert", "to-hf and from-hf: checkpoints to and from Hugging Face folders"
     ),
+    "evaluate": Command("evaluate", "perplexity, the gap to exact evaluation, lm-eval tasks"),
     "verify": Command(
         "verify", "whether a checkpoint and a Hugging Face folder are the same model"
     ),

@@ -68,10 +68,18 @@ class TokenFiles:
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * numpy.log(shares)).sum())
 
-    def _blocks(self) -> list[numpy.ndarray]:
+    def tokens(self, first: int, end: int) -> numpy.ndarray:
+        """The token ids of documents ``[first, end)``, one after another, mapped from the file."""
+        start = self.count_tokens(0, first)
+        return self._ids()[start : start + self.count_tokens(first, end)]
+
+    def _ids(self) -> numpy.ndarray:
         # Read as unsigned, so that a negative id of a foreign file is outside every vocabulary.
         dtype = numpy.dtype(f"u{numpy.dtype(self.dtype).itemsize}")
-        ids = numpy.memmap(self.prefix + ".bin", dtype=dtype, mode="r")
+        return numpy.memmap(self.prefix + ".bin", dtype=dtype, mode="r")
+
+    def _blocks(self) -> list[numpy.ndarray]:
+        ids = self._ids()
         if ids.size <= _SCAN_TOKENS:
             return [ids]
         width = _SCAN_TOKENS // _SCAN_BLOCKS

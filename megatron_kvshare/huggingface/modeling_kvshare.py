@@ -305,11 +305,26 @@ class KVShareLayer(GradientCheckpointingLayer):
         """The keys and values this layer owns, of hidden states that enter it."""
         return self.self_attn.key_value(self.input_layernorm(hidden), rows)
 
-    def forward(
+    def read(
         self, hidden: torch.Tensor, rows: Rows, kv: KV | None, visible: Visible | None
     ) -> torch.Tensor:
         """``[b, s, h] -> [b, s, h]``, reading ``kv``; without any of it attention adds nothing."""
-        if kv is not None and visible is not None:
+        if kv is None or visible is None:
+            return self(hidden, None, None, rows, visible)
+        return self(hidden, kv.key, kv.value, rows, visible)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        rows: Rows,
+        visible: Visible | None,
+    ) -> torch.Tensor:
+        """What gradients flow through stands alone among the arguments: reentrant checkpointing
+        (the default before transformers 5) looks at no tensor inside a tuple."""
+        if key is not None and value is not None and visible is not None:
+            kv = KV(key, value)
             hidden = hidden + self.self_attn(self.input_layernorm(hidden), rows, kv, visible)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -401,7 +416,7 @@ class Forward:
             self.keep(number, layer.key_value(hidden, rows))
         kv = self.kv.get(source) or self.past(source)
         visible = None if kv is None else self.tokens.visible(number, rows, kv.key.shape[2])
-        return layer(hidden, rows, kv, visible)
+        return layer.read(hidden, rows, kv, visible)
 
     def past(self, producer: int) -> KV | None:
         """What the cache held before this forward."""
@@ -442,7 +457,7 @@ class Forward:
             self.keep(producer, own)
         kv = self.kv[last]
         visible = self.tokens.visible(last, rows, kv.key.shape[2])
-        return self.layers[last](entering_top, rows, kv, visible)
+        return self.layers[last].read(entering_top, rows, kv, visible)
 
     def sweeps(self, dtype: torch.dtype) -> tuple[int, list[bool], float | None]:
         """Stride, whether each sweep is under gradient, and the change below which to stop."""
@@ -486,7 +501,8 @@ class Forward:
                 kv = self.after_past(source, self.layers[source].key_value(hidden, rows))
             else:
                 kv = self.readable(source, state)[0]
-            hidden = layer(hidden, rows, kv, self.tokens.visible(number, rows, kv.key.shape[2]))
+            visible = self.tokens.visible(number, rows, kv.key.shape[2])
+            hidden = layer.read(hidden, rows, kv, visible)
 
     def project(self, targets: set[int], state: GroupKV, rows: Rows) -> None:
         """Keys and values again, with gradient, of what entered the layers that own them."""
@@ -511,7 +527,7 @@ class Forward:
                 visible = None
                 if kv is not None:
                     visible = self.tokens.visible(number, rows, kv.key.shape[2], known)
-                hidden = layer(hidden, rows, kv, visible)
+                hidden = layer.read(hidden, rows, kv, visible)
             parts.append(hidden)
         return state.interleaved(parts)
 

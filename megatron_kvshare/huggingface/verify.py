@@ -18,6 +18,7 @@ from megatron_kvshare.huggingface import export
 from megatron_kvshare.huggingface import folder as folders
 from megatron_kvshare.huggingface.settings import MODEL_TYPE, from_config
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.sharing.solver import solver_plan
 from megatron_kvshare.sharing.weights import EMBEDDING, HEAD
 
 LOGIT_LIMIT = 1e-5
@@ -146,7 +147,8 @@ def logit_difference(
     tokens = torch.randint(stored.description.vocab_size, size, generator=generator)
     theirs = _logits(folder, config, tokens)
     model = whole_model(stored.description, stored.weights, state)
-    mine = model(tokens.to(state.platform.device)).value[..., : model.vocab_size].cpu()
+    plan = solver_plan(stored.description.map, stored.description.recipe.for_length(length))
+    mine = model(tokens.to(state.platform.device), plan=plan).value[..., : model.vocab_size].cpu()
     return float((mine - theirs).abs().max() / mine.abs().max())
 
 

@@ -40,7 +40,7 @@ class LoadedModel:
         if mode == "exact":
             return exact_plan(about.map, length, EXACT_RESIDUAL_FP32)
         if mode == "passes":
-            return solver_plan(about.map, about.recipe)
+            return solver_plan(about.map, about.recipe.for_length(length))
         rule = "the modes are passes (as in training) and exact (as in decoding)"
         raise ConfigError(Fault("mode", mode, rule, 'use mode="passes"'))
 

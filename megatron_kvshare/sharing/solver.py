@@ -116,6 +116,13 @@ class Recipe:
         values = asdict(self)
         return {**values, "solver": str(self.solver), "start": str(self.start)}
 
+    def for_length(self, length: int) -> Recipe:
+        """The same recipe for a text of ``length`` tokens: subsets that have none are left out."""
+        if self.stride <= length:
+            return self
+        solver = Solver.JACOBI if length == 1 else self.solver
+        return replace(self, solver=solver, stride=length)
+
     def __str__(self) -> str:
         """``strided(4; 1, 1)p``, ``jacobi(7, 2)``, ``strided(4; 0, 1) from input``."""
         stride = f"{self.stride}; " if self.solver is Solver.STRIDED else ""
@@ -203,7 +210,8 @@ def exact_plan(
         stride = math.gcd(stride, length // sequence_ranks)
     solver = Solver.STRIDED if stride > 1 else Solver.JACOBI
     recipe = Recipe(solver=solver, stride=stride, forward_passes=1, backward_passes=1)
-    most = max(1, -(-length // stride) - 1)
+    recipe = recipe.for_length(length)
+    most = max(1, -(-length // recipe.stride) - 1)
     return solver_plan(map, recipe, Tolerance(residual=residual, least=1, most=most))
 
 
@@ -213,9 +221,9 @@ def prefill_plan(
     """How a prompt of ``length`` tokens is computed; ``residual``: see :func:`exact_plan`."""
     match prefill:
         case Prefill.TRAINED:
-            return solver_plan(map, trained)
+            return solver_plan(map, trained.for_length(length))
         case Prefill.CONVERGED:
-            return solver_plan(map, CONVERGED_PREFILL)
+            return solver_plan(map, CONVERGED_PREFILL.for_length(length))
         case Prefill.EXACT:
             return exact_plan(map, length, residual)
 

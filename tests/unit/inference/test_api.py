@@ -56,6 +56,18 @@ def test_a_later_token_changes_no_earlier_logit(folders, tokens):
         assert (before[:, :9] - after[:, :9]).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("recipe", ["paper", "fast", "cheapest"])
+def test_texts_shorter_than_the_stride(recipe, tokens, tmp_path, single):
+    model = load_model(write_folder(tmp_path / "hf", TOP, RECIPES[recipe]))
+    other = exported(TOP, TINY.weights(TOP), RECIPES[recipe])
+    for length in (1, 2, 3, 5):
+        wanted = other(tokens[:, :length]).logits
+        for mode in ("passes", "exact"):
+            got = model.logits(tokens[:, :length], mode=mode)
+            if mode == "passes" or length == 1:
+                assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 WRONG = {
     "shape": (torch.tensor([1, 2]), "passes", r"\[batch, seq\]"),
     "floats": (torch.ones(1, 2), "passes", "whole numbers"),

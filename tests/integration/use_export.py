@@ -1,0 +1,61 @@
+"""Uses an exported folder as its readers do, with whatever transformers is on the path, and prints
+what came out as JSON: ``python use_export.py FOLDER``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+
+TOKENS = torch.tensor([[7, 3, 9, 12, 5, 11, 2], [1, 1, 1, 4, 8, 6, 10]])
+MASK = torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])
+
+
+def rounded(x: torch.Tensor) -> list:
+    return [round(float(value), 4) for value in x.flatten()]
+
+
+def main(folder: str) -> dict:
+    load = {"trust_remote_code": True, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **load).eval()
+    inner = AutoModel.from_pretrained(folder, **load).eval()
+    generate = {"attention_mask": MASK, "max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
+    found = {
+        "logits": rounded(model(TOKENS).logits[:, -1]),
+        "hidden": rounded(inner(TOKENS).last_hidden_state[:, -1]),
+        "greedy": model.generate(TOKENS, **generate).tolist(),
+        "beams": model.generate(TOKENS, num_beams=3, **generate).tolist(),
+        "alone": model.generate(
+            TOKENS[1:, 3:], **{**generate, "attention_mask": MASK[1:, 3:]}
+        ).tolist(),
+        "no cache": model.generate(
+            TOKENS[:1], use_cache=False, **{**generate, "attention_mask": None}
+        ).tolist(),
+    }
+    torch.manual_seed(0)
+    sampling = {**generate, "do_sample": True, "top_k": 5}
+    found["sampling"] = model.generate(TOKENS, **sampling).tolist()
+    if model.config.model_type != "kvshare" or not model.config.cyclic_groups:
+        static = model.generate(TOKENS, cache_implementation="static", **generate).tolist()
+        found["static"] = static
+    else:
+        try:
+            cache = StaticCache(config=model.config, max_cache_len=20, max_batch_size=2)
+            model(TOKENS, past_key_values=cache)
+        except ValueError as error:
+            found["refused"] = "DynamicCache" in str(error)
+    model.train()
+    model.gradient_checkpointing_enable()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    norms = {
+        name: float(x.grad.norm()) for name, x in model.named_parameters() if x.grad is not None
+    }
+    found["gradients"] = {name: round(norm, 4) for name, norm in norms.items()}
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps({"version": transformers.__version__, **main(sys.argv[1])}))
