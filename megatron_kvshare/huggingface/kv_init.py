@@ -6,12 +6,11 @@ the layers that will read it. Source: arXiv 2410.14442, section 4 (``mean``); ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from itertools import combinations
 
+import networkx
 import torch
 
 from megatron_kvshare.checkpoint.description import ModelDescription
@@ -169,28 +168,11 @@ def _procrustes(head: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def best_order(likeness: torch.Tensor) -> tuple[int, ...]:
-    """Which row goes to which column: ``order[column] = row``, large entries paired.
-
-    The largest entries first, then swaps of two while they help: exact for the few heads there are
-    in nearly all cases, and never worse than leaving heads where they are.
-    """
-    count = len(likeness)
-
-    def total(order: Sequence[int]) -> float:
-        return sum(float(likeness[row, column]) for column, row in enumerate(order))
-
-    greedy: dict[int, int] = {}
-    for entry in likeness.flatten().argsort(descending=True).tolist():
-        row, column = divmod(entry, count)
-        if column not in greedy and row not in greedy.values():
-            greedy[column] = row
-    order = max([greedy[column] for column in range(count)], list(range(count)), key=total)
-    improved = True
-    while improved:
-        improved = False
-        for one, other in combinations(range(count), 2):
-            swapped = list(order)
-            swapped[one], swapped[other] = order[other], order[one]
-            if total(swapped) > total(order) + 1e-9:
-                order, improved = swapped, True
-    return tuple(order)
+    """Which row goes to which column, ``order[column] = row``, so that the sum is the largest."""
+    graph = networkx.Graph()
+    for row, entries in enumerate(likeness.tolist()):
+        for column, entry in enumerate(entries):
+            graph.add_edge(("row", row), ("column", column), weight=entry)
+    pairs = networkx.max_weight_matching(graph, maxcardinality=True)
+    row_of = {column: row for (_, column), (_, row) in map(sorted, pairs)}
+    return tuple(row_of[column] for column in range(len(likeness)))
