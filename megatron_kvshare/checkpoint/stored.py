@@ -84,7 +84,9 @@ def whole_model(
     """The native model in one process and in fp32, with the weights of ``source``."""
     assert state.world_size == 1, "one process holds the whole model"
     model = KVShareGPT(
-        replace(description.model, bf16=False, recompute_granularity=None),
+        replace(
+            description.model, bf16=False, recompute_granularity=None, transformer_impl="local"
+        ),
         ParallelConfig(),
         solver_plan(description.map, description.recipe),
         description.vocab_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_kvshare.config import PretrainConfig
@@ -135,11 +136,14 @@ def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
     longer += ["--train-iters", str(2 * config.train.train_iters)]
     plan = [*typed.program, "plan", "--num-layers", str(run.plan.map.num_layers)]
     plan += ["--kv-map", run.plan.map.notation]
+    export = [*typed.program, "convert", "to-hf", "--load", root]
+    export += ["--save", str(Path(root).with_name("hf"))]
     lines += [
         f"Checkpoint: {run.saved}",
         "Next:",
         f"  train on:      {shlex.join(longer)}",
         f"  study the map: {shlex.join(plan)}",
+        f"  to transformers: {shlex.join(export)}",
     ]
     return "\n".join(lines)
 
