@@ -143,7 +143,7 @@ def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
         "Next:",
         f"  train on:      {shlex.join(longer)}",
         f"  study the map: {shlex.join(plan)}",
-        f"  to transformers: {shlex.join(export)}",
+        f"  export:        {shlex.join(export)}",
     ]
     return "\n".join(lines)
 

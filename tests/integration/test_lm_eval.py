@@ -27,7 +27,7 @@ TASKS = (
     "openbookqa",
     "sciq",
 )
-WIDE = TINY.but(vocabulary=4096)
+WIDE = TINY.but(vocabulary=4096, extra={"seq_length": 512})
 pytestmark = [pytest.mark.nightly, pytest.mark.download]
 
 
