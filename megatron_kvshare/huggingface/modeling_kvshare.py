@@ -93,7 +93,7 @@ class NewTokens:
             self.order = (~real).long().argsort(dim=-1, stable=True)
             positions = positions.expand(real.shape).gather(1, self.order)
         self.cos, self.sin = rotary_tables(config, positions, embeddings.dtype)
-        self._seen: dict[tuple[Any, ...], Visible] = {}
+        self._seen: dict[tuple[Any, ...], Visible | None] = {}
 
     def real_first(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Tokens, along ``dim``, in the order they are computed in."""
@@ -119,12 +119,11 @@ class NewTokens:
         name = (rows.offset, rows.stride, strict, window, keys, known)
         if name not in self._seen:
             self._seen[name] = self._visible(rows, strict, window, keys, known)
-        visible = self._seen[name]
-        return None if visible.blind is not None and bool(visible.blind.all()) else visible
+        return self._seen[name]
 
     def _visible(
         self, rows: Rows, strict: bool, window: int | None, keys: int, known: int | None
-    ) -> Visible:
+    ) -> Visible | None:
         query = torch.arange(rows.offset, self.length, rows.stride, device=self.device) + self.past
         key = torch.arange(keys, device=self.device)
         ago = query[:, None] - key[None, :]
@@ -141,6 +140,8 @@ class NewTokens:
         if not self._needs_mask(seen, rows, strict):
             return Visible(window=window)
         blind = ~seen.any(-1)
+        if bool(blind.all()):
+            return None
         mask = (seen | blind[..., None])[:, None]
         return Visible(mask, blind if bool(blind.any()) else None, strict, window, padding)
 
