@@ -28,7 +28,7 @@ CORE = [
 EXTRAS = {
     "deepspeed": ["deepspeed"],
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
-    "eval": ["lm_eval>=0.4.13", "accelerate", "transformers"],
+    "eval": ["lm_eval>=0.4.13", "accelerate"],
     "tracking": ["wandb", "tensorboard"],
     "test": [
         "pytest",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_kvshare.errors import CheckpointError, Fault
 
@@ -44,6 +45,41 @@ def begin(target: Path) -> Path:
     return aside
 
 
+class Candidates(NamedTuple):
+    """Iterations that may be loaded, the best first; ``complaint``: what is wrong with the
+    tracker."""
+
+    iterations: list[int]
+    complaint: str | None = None
+
+
+def candidates(root: Path) -> Candidates:
+    """What the tracker names, then older ones.
+
+    Where the tracker cannot be used (missing or cut off, or it names a folder that is gone) all
+    there are, newest first: a folder gets its name when it is complete.
+    """
+    numbers = [path.name[5:] for path in root.glob("iter_*") if path.is_dir()]
+    there = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+    try:
+        named = latest_iteration(root)
+    except CheckpointError as error:
+        return Candidates(there, str(error.faults[0]))
+    if named is None:
+        return Candidates(there, f"{root / TRACKER} is missing" if there else None)
+    return Candidates([number for number in there if number <= named])
+
+
+def flush(folder: Path) -> None:
+    """Make sure that the files of ``folder``, and their names, are on the disk."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def publish(aside: Path, target: Path, iteration: int) -> None:
     """Rename the complete ``aside`` to ``target``, then point the tracker at it."""
     old = target.with_name(target.name + ".old")
@@ -55,4 +91,6 @@ def publish(aside: Path, target: Path, iteration: int) -> None:
     tracker = target.parent / TRACKER
     draft = tracker.with_suffix(".partial")
     draft.write_text(f"{iteration}\n", encoding="utf-8")
+    flush(target.parent)
     os.replace(draft, tracker)
+    flush(target.parent)

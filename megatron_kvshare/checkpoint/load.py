@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
 
 from megatron_kvshare.checkpoint import folder as folders
-from megatron_kvshare.checkpoint.manifest import Manifest, Progress, check_identity, read_manifest
+from megatron_kvshare.checkpoint.integrity import problems_of_all
+from megatron_kvshare.checkpoint.manifest import (
+    Manifest,
+    NewerFormat,
+    Progress,
+    check_identity,
+    read_manifest,
+)
 from megatron_kvshare.checkpoint.random_state import set_random_state
 from megatron_kvshare.checkpoint.save import RANDOM_STATE, sharded_weights
 from megatron_kvshare.config import CheckpointConfig
@@ -32,10 +41,54 @@ class Found:
     """The folder again where the run saves beside it, None where it saves elsewhere."""
 
 
+class Newest(NamedTuple):
+    """The iteration to load, None without one; ``warnings``: what was passed over, and why."""
+
+    iteration: int | None
+    warnings: tuple[str, ...] = ()
+
+
+def newest_sound(settings: CheckpointConfig, state: ParallelState) -> Newest:
+    """The newest checkpoint of ``--load`` of which every byte is as it was written.
+
+    All ranks call this, each reads its share of the files; all get the same answer.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    if settings.load is None:
+        return Newest(None)
+    root = Path(settings.load)
+    found: list[Any] = [folders.candidates(root) if state.is_first else None]
+    dist.broadcast_object_list(found, src=0)
+    iterations, complaint = found[0]
+    damaged = [] if complaint is None else [complaint]
+    for iteration in iterations:
+        folder = folders.iteration_folder(root, iteration)
+        try:
+            reasons = problems_of_all(folder, read_manifest(folder).files, state)
+        except NewerFormat:
+            raise
+        except CheckpointError as error:  # on every rank: all read the same manifest
+            reasons = [f"{error.faults[0].where}: {error.faults[0].value}"]
+        if not reasons:
+            return Newest(iteration, tuple(damaged))
+        damaged.append(f"{folder} is damaged and left out: {'; '.join(reasons[:3])}")
+    if iterations:
+        rule = f"no checkpoint in it is as it was written. {' '.join(damaged)}"
+        fix = "restore one from a backup, or start fresh with another --save folder"
+        raise CheckpointError(Fault("--load", settings.load, rule, fix))
+    return Newest(None)
+
+
 def find_checkpoint(
-    settings: CheckpointConfig, identity: dict[str, Any], optimizer_format: str, world_size: int
+    settings: CheckpointConfig,
+    identity: dict[str, Any],
+    optimizer_format: str,
+    world_size: int,
+    iteration: int | None,
 ) -> Found | None:
-    """Look for what ``--load`` names and check that it fits; None means start fresh.
+    """Check that checkpoint ``iteration`` of ``--load`` fits the run; None means start fresh.
 
     Does not communicate. A missing checkpoint is fine only in the ``--save`` folder of a run that
     has yet to start.
@@ -46,7 +99,6 @@ def find_checkpoint(
     if settings.load is None:
         return None
     root = Path(settings.load)
-    iteration = folders.latest_iteration(root)
     if iteration is None:
         if settings.load == settings.save and not settings.exit_on_missing_checkpoint:
             return None

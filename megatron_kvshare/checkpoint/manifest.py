@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe
 
 MANIFEST = "kvshare.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # The weights fit another value of these, so --finetune may change them; a resume may not.
 _CHANGED_BY_FINETUNE = {
@@ -56,11 +57,26 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     pipeline_parallel: int = 1
     format_version: int = FORMAT_VERSION
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Marks of the other files, see :mod:`megatron_kvshare.checkpoint.integrity`; none before
+    version 4."""
 
     def write(self, folder: Path) -> None:
-        """Write ``kvshare.json``."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        """Write ``kvshare.json``, with its own SHA-256 inside."""
+        values = asdict(self)
+        values["sha256"] = _digest(values)
+        text = json.dumps(values, indent=1, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of a manifest, however it is laid out as text."""
+    rest = {name: value for name, value in values.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+class NewerFormat(CheckpointError):
+    """A checkpoint of a later version of this program: sound, but it cannot be read."""
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -73,7 +89,10 @@ def read_manifest(folder: Path) -> Manifest:
             rule = (
                 f"format version {version} is newer than {FORMAT_VERSION}, which this version reads"
             )
-            raise CheckpointError(Fault(str(path), version, rule, "update megatron_kvshare"))
+            raise NewerFormat(Fault(str(path), version, rule, "update megatron_kvshare"))
+        if version >= 4 and values["sha256"] != _digest(values):
+            raise ValueError("its text is not what was written (SHA-256)")
+        values.pop("sha256", None)
         if version < 2:
             values["identity"]["kv_recipe"] = _recipe_of_version_1(values)
         return Manifest(**{**values, "progress": Progress(**values["progress"])})

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_kvshare.checkpoint import folder as folders
+from megatron_kvshare.checkpoint.integrity import mark_files
 from megatron_kvshare.checkpoint.manifest import Manifest
 from megatron_kvshare.checkpoint.random_state import random_state
 from megatron_kvshare.errors import CheckpointError, Fault
@@ -52,7 +54,11 @@ def save_checkpoint(
         dist_checkpoint.save(content, aside)
     except Exception as error:
         raise _cannot_write(target, error) from error
-    _on_first_rank(state, target, lambda: _complete(manifest, aside, target))
+    try:
+        marked = replace(manifest, files=mark_files(aside, state))
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    _on_first_rank(state, target, lambda: _complete(marked, aside, target))
     return target
 
 
@@ -68,6 +74,7 @@ def sharded_weights(models: Sequence[KVShareGPT], state: ParallelState) -> dict[
 
 def _complete(manifest: Manifest, aside: Path, target: Path) -> None:
     manifest.write(aside)
+    folders.flush(aside)
     folders.publish(aside, target, manifest.progress.step)
 
 

@@ -8,8 +8,14 @@ from pathlib import Path
 
 from megatron_kvshare.checkpoint import folder as folders
 from megatron_kvshare.checkpoint.description import ModelDescription
+from megatron_kvshare.checkpoint.integrity import problems
 from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from megatron_kvshare.checkpoint.tensors import NativeWeights, TensorInfo, TensorSource
+from megatron_kvshare.checkpoint.tensors import (
+    NativeWeights,
+    TensorInfo,
+    TensorSource,
+    damaged,
+)
 from megatron_kvshare.config import ParallelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
@@ -43,6 +49,9 @@ def open_checkpoint(path: Path) -> StoredModel:
             raise CheckpointError(Fault("--load", str(path), rule, fix))
         folder = folders.iteration_folder(path, iteration)
     manifest = read_manifest(folder)
+    reasons = problems(folder, manifest.files)
+    if reasons:
+        raise damaged(folder, "; ".join(reasons[:3]))
     description, weights = ModelDescription.of(manifest), NativeWeights(folder)
     check_weights(folder, weights.tensors, description.weights)
     # In the order of the model: files list tensors in the order in which ranks wrote them.

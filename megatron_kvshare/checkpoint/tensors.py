@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -94,11 +95,20 @@ _DATA_ONLY = {
 """The classes in which torch describes what a checkpoint holds; none of them does anything."""
 
 
+def _member(kind: Any, name: str) -> Any:
+    """What ``getattr`` may do here: some versions of Python store a member of an enum by it."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for the attribute {name} of {kind}")
+
+
 class _DataUnpickler(pickle.Unpickler):
     """Builds plain data and torch's descriptions of tensors; anything else a file names is refused,
     so that opening somebody's checkpoint runs none of its code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name in _DATA_ONLY.get(module, "").split() or is_dtype:
             return super().find_class(module, name)

@@ -58,8 +58,15 @@ REQUIRED = (
 OPTIONAL = {
     "deepspeed": (Package("deepspeed", "", "", "the DeepSpeed engine (ZeRO)"),),
     "hf": (
-        Package("transformers", "", "", "Hugging Face tokenizers and reference models"),
+        Package("transformers", "4.57", "", "conversions and their proof, Hugging Face tokenizers"),
         Package("tokenizers", "", "", "fast Hugging Face tokenizers"),
+        Package("huggingface_hub", "", "", "cutting exports into files"),
+        Package("protobuf", "", "", "SentencePiece models as Hugging Face tokenizers"),
+        Package("networkx", "", "", "matching heads (--kv-init aligned)"),
+    ),
+    "eval": (
+        Package("lm_eval", "0.4.13", "", "kvshare evaluate --tasks"),
+        Package("accelerate", "", "", "lm-eval's way to load models"),
     ),
     "tracking": (
         Package("wandb", "", "", "--wandb-project (works offline)"),

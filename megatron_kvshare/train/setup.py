@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_kvshare import __version__
-from megatron_kvshare.checkpoint.load import find_checkpoint, load_checkpoint
+from megatron_kvshare.checkpoint.load import (
+    find_checkpoint,
+    load_checkpoint,
+    newest_sound,
+)
 from megatron_kvshare.checkpoint.manifest import Manifest, Progress, identity, optimizer_format
 from megatron_kvshare.checkpoint.save import save_checkpoint
 from megatron_kvshare.config import PretrainConfig
@@ -62,12 +67,20 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
     """
     torch.manual_seed(config.train.seed)
     layout = batch_layout(config, state.world_size)
+    newest = newest_sound(config.checkpoint, state)
+    if state.is_first:
+        for warning in newest.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     with together(state):
         vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
         data = _open_data(config, layout, vocabulary, state)
         kind = optimizer_format(config.parallel, config.model.bf16)
         found = find_checkpoint(
-            config.checkpoint, _identity(config, vocabulary), kind, state.world_size
+            config.checkpoint,
+            _identity(config, vocabulary),
+            kind,
+            state.world_size,
+            newest.iteration,
         )
     plan = execution_plan(config.model, config.sharing)
     shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)

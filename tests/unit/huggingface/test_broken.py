@@ -8,12 +8,16 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_kvshare.checkpoint.integrity import mark
+from megatron_kvshare.checkpoint.manifest import read_manifest
 from megatron_kvshare.cli.main import main
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
@@ -193,24 +197,41 @@ def test_folders(kind, change, says, originals, tmp_path, capsys, single):
     assert {path.name for path in tmp_path.iterdir()} <= {"hf"}
 
 
+class Around:
+    """getattr is needed for enums; it must lead to nothing else."""
+
+    def __reduce__(self):
+        return getattr, (TensorStorageMetadata, "__init__")
+
+
 class Attack:
     def __reduce__(self):
         return os.system, ("touch executed",)
 
 
-def attacked(folder: Path) -> None:
-    next(folder.rglob(".metadata")).write_bytes(pickle.dumps(Attack()))
+def attacked(by: type) -> Change:
+    """An attacker marks what he has written."""
+
+    def change(root: Path) -> None:
+        path = next(root.rglob(".metadata"))
+        path.write_bytes(pickle.dumps(by()))
+        manifest = read_manifest(path.parent)
+        marks = {name: mark(path.parent / name) for name in manifest.files}
+        replace(manifest, files=marks).write(path.parent)
+
+    return change
 
 
 CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "nothing there": (shutil.rmtree, "there is no checkpoint"),
     "no manifest": (remove("kvshare.json"), "not a complete checkpoint"),
     "damaged manifest": (cut("kvshare.json", 100), "not a complete checkpoint"),
-    "no list of tensors": (remove(".metadata"), "list of tensors cannot be read"),
-    "truncated list": (cut(".metadata", 500), "list of tensors cannot be read"),
-    "a list that runs code": (attacked, "no description of data"),
-    "truncated weights": (cut("__0_0.distcp", 20_000), "cannot be read"),
-    "no weights": (remove("__0_0.distcp"), "cannot be read"),
+    "no list of tensors": (remove(".metadata"), ".metadata cannot be read"),
+    "truncated list": (cut(".metadata", 500), ".metadata has 500 bytes"),
+    "a list that runs code": (attacked(Attack), "no description of data"),
+    "a list that reaches around": (attacked(Around), "the attribute __init__"),
+    "truncated weights": (cut("__0_0.distcp", 20_000), "__0_0.distcp has 20,000 bytes"),
+    "no weights": (remove("__0_0.distcp"), "__0_0.distcp cannot be read"),
 }
 
 

@@ -1,0 +1,63 @@
+"""Whether the files of a checkpoint are those that were written (L4).
+
+Every file is marked with its size and SHA-256 in the manifest, and the manifest with its own. The
+ranks share the reading, at saving and at loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_kvshare.megatron_api.parallel import ParallelState
+
+Marks = Mapping[str, Mapping[str, Any]]
+"""File name in the folder -> ``bytes`` and ``sha256``."""
+
+
+def mark(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def mark_files(folder: Path, state: ParallelState) -> dict[str, dict[str, Any]]:
+    """The marks of all files in ``folder``; all ranks call this, each reads its share."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    mine = {name: mark(folder / name) for name in names[state.rank :: state.world_size]}
+    return {name: each for part in _of_all(mine, state) for name, each in part.items()}
+
+
+def problems_of_all(folder: Path, marks: Marks, state: ParallelState) -> list[str]:
+    """:func:`problems` of all files; all ranks call this, each reads its share."""
+    names = sorted(marks)[state.rank :: state.world_size]
+    mine = problems(folder, {name: marks[name] for name in names})
+    return [each for part in _of_all(mine, state) for each in part]
+
+
+def problems(folder: Path, marks: Marks) -> list[str]:
+    """What is wrong with the files that were marked, a line for each."""
+    found = []
+    for name, wanted in marks.items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != wanted["bytes"]:
+                found.append(f"{name} has {size:,} bytes of {wanted['bytes']:,}")
+            elif mark(folder / name)["sha256"] != wanted["sha256"]:
+                found.append(f"{name} is not what was written (SHA-256)")
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+    return found
+
+
+def _of_all(mine: Any, state: ParallelState) -> list[Any]:
+    if state.world_size == 1:
+        return [mine]
+    parts: list[Any] = [None] * state.world_size
+    dist.all_gather_object(parts, mine)
+    return parts
