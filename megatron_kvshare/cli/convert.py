@@ -113,6 +113,10 @@ def _from_hf(argv: Sequence[str]) -> int:
     from megatron_kvshare.megatron_api import parallel
 
     changed = config.sharing.kv_map is not None or config.sharing.kv_pattern != "standard"
+    if not changed and config.sharing != SharingConfig():
+        rule = "the folder says how its own map is computed; these flags are for another map"
+        fix = "give --kv-pattern or --kv-map too, or leave them out"
+        raise ConfigError(Fault("--kv-*", config.sharing.kv_recipe, rule, fix))
     job = ImportJob(
         hf=Path(config.hf),
         save=Path(config.save),

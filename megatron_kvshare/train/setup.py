@@ -67,10 +67,7 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
     """
     torch.manual_seed(config.train.seed)
     layout = batch_layout(config, state.world_size)
-    newest = newest_sound(config.checkpoint, state)
-    if state.is_first:
-        for warning in newest.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+    iteration = _newest_iteration(config, state)
     with together(state):
         vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
         data = _open_data(config, layout, vocabulary, state)
@@ -80,23 +77,14 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
             _identity(config, vocabulary),
             kind,
             state.world_size,
-            newest.iteration,
+            iteration,
         )
     plan = execution_plan(config.model, config.sharing)
     shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)
     cut = placement(config.model, config.sharing, config.parallel)
-    models = [
-        KVShareGPT(
-            config.model,
-            config.parallel,
-            plan,
-            vocabulary.size,
-            state,
-            config.sharing.window_size,
-            stage,
-        )
-        for stage in cut.stages_of(state.pp_rank)
-    ]
+    window = config.sharing.window_size
+    made_of = (config.model, config.parallel, plan, vocabulary.size, state, window)
+    models = [KVShareGPT(*made_of, stage) for stage in cut.stages_of(state.pp_rank)]
     if found is None:
         for model in models:
             initialize(model, config.train.seed)
@@ -125,6 +113,16 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
         progress=Progress() if found is None else found.progress,
         saved=None if found is None else found.stays,
     )
+
+
+def _newest_iteration(config: PretrainConfig, state: ParallelState) -> int | None:
+    """The checkpoint to continue from, None without one; says which are damaged."""
+    with together(state):
+        newest = newest_sound(config.checkpoint, state)
+    if state.is_first:
+        for warning in newest.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    return newest.iteration
 
 
 def _open_data(

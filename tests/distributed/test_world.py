@@ -51,8 +51,8 @@ def small_world() -> Iterator[World]:
     ("how", "message"),
     [
         ("raise", "(?s)rank 0 failed.*in misbehave.*a remote fault"),
-        ("die", "worker of rank 0 died"),
-        ("hang", r"no answer from ranks \[0\] in time"),
+        pytest.param("die", "worker of rank 0 died", marks=pytest.mark.nightly),
+        pytest.param("hang", r"no answer from ranks \[0\] in time", marks=pytest.mark.nightly),
     ],
 )
 def test_a_failed_job_ends_the_workers(how, message, small_world):
@@ -65,6 +65,7 @@ def test_a_failed_job_ends_the_workers(how, message, small_world):
     assert before - workers_of(os.getpid()), "the worker is still there"
 
 
+@pytest.mark.nightly
 def test_the_job_after_a_failure_gets_new_workers(small_world):
     with pytest.raises(WorkerError):
         small_world.run(misbehave, Layout(), "die")

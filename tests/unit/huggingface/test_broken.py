@@ -268,6 +268,12 @@ def test_an_unknown_pattern(originals, tmp_path, capsys, single):
     assert "burger-top" in one_message(capsys)
 
 
+def test_a_recipe_without_a_map(originals, tmp_path, capsys, single):
+    arguments = ["--hf", str(originals / "kvshare"), "--save", str(tmp_path / "n")]
+    assert main(["convert", "from-hf", *arguments, "--kv-recipe", "paper"]) == 2
+    assert "give --kv-pattern or --kv-map too" in one_message(capsys)
+
+
 VERIFY: dict[str, tuple[Change, str]] = {
     "one bit": (
         tensors(lambda c: c[Q].view(torch.int32)[0, 0].bitwise_xor_(1)),
