@@ -175,9 +175,9 @@ def test_a_damaged_checkpoint_is_passed_over(world: World, tmp_path: Path) -> No
     assert [outcome.step for outcome in outcomes] == [6, 6]
     whole = losses(tmp_path / "a.jsonl")
     assert losses(tmp_path / "b.jsonl") == {step: whole[step] for step in (4, 5, 6)}
-    (folder / "iter_0000003" / "common.pt").unlink()
+    (folder / "iter_0000003" / ".metadata").unlink()
     first, second = run(world, TWO, tmp_path / "c.jsonl", "--load", folder)
-    assert "has 100 bytes" in first.error and "common.pt cannot be read" in first.error
+    assert "has 100 bytes" in first.error and ".metadata cannot be read" in first.error
     assert second.error == "exit 2"
 
 
