@@ -22,6 +22,9 @@ from typing import Any
 
 from pretrained import prepare
 
+from megatron_kvshare.huggingface.folder import CONFIG, read_json
+from megatron_kvshare.huggingface.settings import shape_flags
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "uptrain"
 RESULTS = ROOT / "docs" / "uptraining" / "results.json"
@@ -84,7 +87,15 @@ def _run(trial: Trial, hf: Path, data: Path) -> dict[str, float]:
         init = ["--kv-init", trial.init] if trial.init else []
         _kvshare("convert", "from-hf", "--hf", hf, "--save", start, *init, *trial.map_flags)
     source = ["--load", end] if end.exists() else ["--load", start, "--finetune"]
-    words = [*_shape(hf), *trial.map_flags, *TRAINING, "--data-path", data, "--tokenizer-model", hf]
+    words = [
+        *shape_flags(read_json(hf / CONFIG)),
+        *trial.map_flags,
+        *TRAINING,
+        "--data-path",
+        data,
+        "--tokenizer-model",
+        hf,
+    ]
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--train-iters", STEPS]
     words += ["--save", end, "--metrics-file", folder / "metrics.jsonl"]
     _kvshare("pretrain", *words, *source)
@@ -98,23 +109,6 @@ def _loss(checkpoint: Path, data: Path, folder: Path) -> float:
     _kvshare("evaluate", "--load", checkpoint, *where, "--max-tokens", 32_768, "--output", out)
     rows = json.loads((out / "results.json").read_text())["results"]
     return next(row["value"] for row in rows if row["metric"] == "loss")
-
-
-def _shape(hf: Path) -> list[str]:
-    """The flags of the pretrained model's shape."""
-    config = json.loads((hf / "config.json").read_text())
-    flags = {
-        "--num-layers": "num_hidden_layers",
-        "--hidden-size": "hidden_size",
-        "--ffn-hidden-size": "intermediate_size",
-        "--num-attention-heads": "num_attention_heads",
-        "--num-query-groups": "num_key_value_heads",
-        "--kv-channels": "head_dim",
-        "--norm-epsilon": "rms_norm_eps",
-        "--max-position-embeddings": "max_position_embeddings",
-    }
-    words = [word for flag, key in flags.items() for word in (flag, str(config[key]))]
-    return [*words, "--rotary-base", str(config["rope_parameters"]["rope_theta"])]
 
 
 def _data(hf: Path) -> Path:

@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 
 Marks = Mapping[str, Mapping[str, Any]]
 """File name in the folder -> ``bytes`` and ``sha256``."""
@@ -30,14 +28,14 @@ def mark_files(folder: Path, state: ParallelState) -> dict[str, dict[str, Any]]:
     """The marks of all files in ``folder``; all ranks call this, each reads its share."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     mine = {name: mark(folder / name) for name in names[state.rank :: state.world_size]}
-    return {name: each for part in _of_all(mine, state) for name, each in part.items()}
+    return {name: each for part in gather_objects(mine) for name, each in part.items()}
 
 
 def problems_of_all(folder: Path, marks: Marks, state: ParallelState) -> list[str]:
     """:func:`problems` of all files; all ranks call this, each reads its share."""
     names = sorted(marks)[state.rank :: state.world_size]
     mine = problems(folder, {name: marks[name] for name in names})
-    return [each for part in _of_all(mine, state) for each in part]
+    return [each for part in gather_objects(mine) for each in part]
 
 
 def problems(folder: Path, marks: Marks) -> list[str]:
@@ -53,11 +51,3 @@ def problems(folder: Path, marks: Marks) -> list[str]:
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
     return found
-
-
-def _of_all(mine: Any, state: ParallelState) -> list[Any]:
-    if state.world_size == 1:
-        return [mine]
-    parts: list[Any] = [None] * state.world_size
-    dist.all_gather_object(parts, mine)
-    return parts

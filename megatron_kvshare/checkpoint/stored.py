@@ -23,6 +23,9 @@ from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import fill
 from megatron_kvshare.sharing.solver import solver_plan
 
+_SHOWN = 8
+"""Tensors that do not fit, named in one message; the others are counted."""
+
 
 @dataclass(frozen=True)
 class StoredModel:
@@ -84,18 +87,13 @@ def check_weights(
     raise CheckpointError(faults)
 
 
-_SHOWN = 8
-
-
-def whole_model(
+def native_model(
     description: ModelDescription, source: TensorSource, state: ParallelState
 ) -> KVShareGPT:
-    """The native model in one process and in fp32, with the weights of ``source``."""
+    """The native model in one process, with the weights of ``source``."""
     assert state.world_size == 1, "one process holds the whole model"
     model = KVShareGPT(
-        replace(
-            description.model, bf16=False, recompute_granularity=None, transformer_impl="local"
-        ),
+        description.model,
         ParallelConfig(),
         solver_plan(description.map, description.recipe),
         description.vocab_size,
@@ -103,4 +101,13 @@ def whole_model(
         description.window_size,
     )
     fill(model, source.read)
-    return model.eval()
+    return model
+
+
+def whole_model(
+    description: ModelDescription, source: TensorSource, state: ParallelState
+) -> KVShareGPT:
+    """The same in fp32, for scoring."""
+    plain = {"bf16": False, "recompute_granularity": None, "transformer_impl": "local"}
+    model = replace(description.model, **plain)
+    return native_model(replace(description, model=model), source, state).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -131,8 +131,3 @@ def damaged(folder: Path, rule: str) -> CheckpointError:
     return CheckpointError(
         Fault("checkpoint", str(folder), rule, "use another iter_* folder, or save it again")
     )
-
-
-def read_all(source: TensorSource) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, one at a time."""
-    return ((name, source.read(name)) for name in source.tensors)

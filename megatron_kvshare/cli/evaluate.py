@@ -121,15 +121,13 @@ def _scores(config: EvaluateConfig) -> list[dict[str, Any]]:
 
 def _tokenizer(config: EvaluateConfig):
     from megatron_kvshare.checkpoint.stored import open_checkpoint
-    from megatron_kvshare.data.tokenizers import load_tokenizer
+    from megatron_kvshare.data.tokenizers import kind_of, load_tokenizer
 
-    kind, path = "HuggingFaceTokenizer", config.tokenizer_model or config.hf
-    if config.tokenizer_model is None and config.load is not None:
-        settings = open_checkpoint(Path(config.load)).manifest.config
-        kind, path = settings["tokenizer_type"], settings["tokenizer_model"]
-    elif path is not None and path.endswith(".model"):
-        kind = "SentencePieceTokenizer"
-    return load_tokenizer(kind, path)
+    path = config.tokenizer_model or config.hf
+    if path is not None:
+        return load_tokenizer(kind_of(path), path)
+    settings = open_checkpoint(Path(config.load or "")).manifest.config
+    return load_tokenizer(settings["tokenizer_type"], settings["tokenizer_model"])
 
 
 def _tasks(config: EvaluateConfig) -> list[dict[str, Any]]:

@@ -70,6 +70,11 @@ def load_tokenizer(kind: str, model: str | None, vocab_size: int | None = None) 
     return loaders[kind](Path(model))
 
 
+def kind_of(path: str) -> str:
+    """The kind of the tokenizer at ``path``, by its name alone."""
+    return "SentencePieceTokenizer" if path.endswith(".model") else "HuggingFaceTokenizer"
+
+
 class NullTokenizer:
     """Text that is already numbers, separated by spaces; the last id ends documents."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_kvshare.checkpoint.stored import StoredModel
-from megatron_kvshare.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_kvshare.data.tokenizers import Tokenizer, kind_of, load_tokenizer
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.huggingface import folder as folders
 from megatron_kvshare.huggingface.card import model_card
@@ -116,8 +116,7 @@ def _tokenizer(stored: StoredModel, job: ExportJob) -> tuple[Tokenizer, Path] | 
         raise CheckpointError(Fault("--tokenizer-model", path, rule, fix))
     kind = settings.get("tokenizer_type") or "SentencePieceTokenizer"
     if job.tokenizer_model is not None:
-        is_piece = Path(path).suffix == ".model"
-        kind = "SentencePieceTokenizer" if is_piece else "HuggingFaceTokenizer"
+        kind = kind_of(path)
     tokenizer = load_tokenizer(kind, path)
     if trained_with not in (None, tokenizer.fingerprint):
         rule = "it is another tokenizer than that of the training"

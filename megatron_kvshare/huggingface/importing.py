@@ -13,11 +13,15 @@ from megatron_kvshare import __version__
 from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.manifest import Manifest, Progress
 from megatron_kvshare.checkpoint.save import save_checkpoint
-from megatron_kvshare.checkpoint.stored import StoredModel, check_weights, open_checkpoint
+from megatron_kvshare.checkpoint.stored import (
+    StoredModel,
+    check_weights,
+    native_model,
+    open_checkpoint,
+)
 from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.config import (
     DataConfig,
-    ParallelConfig,
     PretrainConfig,
     SharingConfig,
 )
@@ -37,9 +41,6 @@ from megatron_kvshare.huggingface.verify import (
     verify,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
-from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.model.parameters import fill
-from megatron_kvshare.sharing.solver import solver_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +133,7 @@ def _save(
     root: Path,
     state: ParallelState,
 ) -> None:
-    model = KVShareGPT(
-        description.model,
-        ParallelConfig(),
-        solver_plan(description.map, description.recipe),
-        description.vocab_size,
-        state,
-        description.window_size,
-    )
-    fill(model, source.read)
+    model = native_model(description, source, state)
     manifest = Manifest(
         identity=description.identity,
         progress=Progress(),

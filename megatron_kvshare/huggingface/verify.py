@@ -121,7 +121,7 @@ def _same_description(stored: StoredModel, folder: Path, config: Mapping[str, An
 def _same_tensors(mine: TensorSource, theirs: TensorSource, folder: Path) -> int:
     different = mine.tensors.keys() ^ theirs.tensors.keys()
     for name in mine.tensors.keys() & theirs.tensors.keys():
-        if not torch.equal(_bits(mine.read(name)), _bits(theirs.read(name))):
+        if not _same_bits(mine.read(name), theirs.read(name)):
             different |= {name}
     if different:
         rule = f"{len(different)} tensors are not those of the checkpoint: {sorted(different)[:4]}"
@@ -129,11 +129,10 @@ def _same_tensors(mine: TensorSource, theirs: TensorSource, folder: Path) -> int
     return len(mine.tensors)
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Compared as integers, so that NaN equals NaN and 0 differs from -0; types must agree too."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    mark = torch.tensor([hash(str(tensor.dtype)) % 2**15], dtype=kinds[tensor.dtype.itemsize])
-    return torch.cat([tensor.contiguous().view(mark.dtype).flatten(), mark])
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compared as bytes, so that NaN equals NaN and 0 differs from -0."""
+    raw = (tensor.contiguous().view(torch.uint8) for tensor in (one, other))
+    return one.dtype == other.dtype and torch.equal(*raw)
 
 
 @torch.no_grad()

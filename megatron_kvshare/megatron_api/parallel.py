@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -124,6 +125,14 @@ def destroy(keep_world: bool = False) -> None:
         parallel_state.destroy_model_parallel()
     if not keep_world and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def gather_objects(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank of ``group`` (None: of the job) gave, in their order."""
+    parts: list[Any] = [mine] * dist.get_world_size(group)
+    if len(parts) > 1:
+        dist.all_gather_object(parts, mine, group=group)
+    return parts
 
 
 def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from megatron_kvshare.config.shape import model_shape
-from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.sharing.weights import (
     EMBEDDING,
@@ -215,9 +214,6 @@ def gather_by_name(
 
 def _of_everyone(mine: list[Any], state: ParallelState) -> list[Any]:
     """The lists of all ranks that hold one copy of the model, one after another."""
-    for group, size in ((state.tp_group, state.tp_size), (state.pp_group, state.pp_size)):
-        lists: list[list[Any]] = [mine] * size
-        if size > 1:
-            dist.all_gather_object(lists, mine, group=group)
-        mine = [each for one in lists for each in one]
+    for group in (state.tp_group, state.pp_group):
+        mine = [each for one in gather_objects(mine, group) for each in one]
     return mine

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch.distributed as dist
-
 from megatron_kvshare.errors import EXIT_USER_ERROR, KVShareError
-from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 
 
 @contextlib.contextmanager
@@ -26,9 +24,7 @@ def together(state: ParallelState) -> Iterator[None]:
         yield
     except KVShareError as caught:
         error = caught
-    failed = [error is not None] * state.world_size
-    if state.world_size > 1:
-        dist.all_gather_object(failed, error is not None)
+    failed = gather_objects(error is not None)
     if not any(failed):
         return
     if error is not None and failed.index(True) == state.rank:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from megatron_kvshare import load_model
 from megatron_kvshare.cli.main import main
+from megatron_kvshare.huggingface.folder import read_json
+from megatron_kvshare.huggingface.settings import shape_flags
 from tests.integration.conftest import ROOT
 
 pytestmark = [pytest.mark.nightly, pytest.mark.download]
@@ -64,17 +66,8 @@ def test_it_goes_out_bit_by_bit(pretrained, native, tmp_path):
 
 def test_three_ranks_agree(native, pretrained, tmp_path):
     """Its heads do not cut in two: the first loss of a finetuning run on one and on three ranks."""
-    config = json.loads((pretrained / "config.json").read_text())
-    shape = {
-        "--num-layers": "num_hidden_layers",
-        "--hidden-size": "hidden_size",
-        "--ffn-hidden-size": "intermediate_size",
-        "--num-attention-heads": "num_attention_heads",
-        "--num-query-groups": "num_key_value_heads",
-        "--norm-epsilon": "rms_norm_eps",
-    }
-    words = [word for flag, key in shape.items() for word in (flag, str(config[key]))]
-    words += ["--rotary-base", "100000", "--load", str(native), "--finetune", "--mock-data"]
+    words = shape_flags(read_json(pretrained / "config.json"))
+    words += ["--load", str(native), "--finetune", "--mock-data"]
     words += ["--vocab-size", "49152", "--seq-length", "128", "--micro-batch-size", "1"]
     words += ["--global-batch-size", "1", "--train-iters", "1", "--eval-iters", "0"]
     losses = []
