@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
+EXIT_LOST = 69
+"""A rank died or hung: the job can be started again and goes on from its last checkpoint."""
+EXIT_STOPPED = 75
+"""Stopped early by a signal or the clock, after saving: start it again to go on (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True)
