@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,17 @@ _CHANGED_BY_FINETUNE = {
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; ``tokens`` counts all tokens of all batches, masked ones too."""
+    """How far a run has come; ``tokens`` counts all tokens of all batches, masked ones too.
+
+    ``skipped_in_a_row`` and ``recent_losses``: what judges the next step, see ``train/guards.py``.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    recent_losses: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

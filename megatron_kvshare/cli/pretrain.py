@@ -18,10 +18,15 @@ from megatron_kvshare.config.pretrain import (
     pretrain_warnings,
     world_size,
 )
+from megatron_kvshare.errors import EXIT_STOPPED
 
 
 def run(argv: Sequence[str]) -> int:
-    """Check the configuration, then train, or with ``--dry-run`` only say what would run."""
+    """Check the configuration, then train, or with ``--dry-run`` only say what would run.
+
+    Returns:
+        0, or EXIT_STOPPED where training was stopped before its last step.
+    """
     config = parse_pretrain(argv)
     if os.environ.get("RANK", "0") == "0":
         for warning in pretrain_warnings(config):
@@ -29,9 +34,13 @@ def run(argv: Sequence[str]) -> int:
     # torch and megatron-core take seconds to import: not before the configuration is right.
     if config.dry_run:
         _plan(config)
-    else:
-        _train(config, argv)
-    return 0
+        return 0
+    return EXIT_STOPPED if _train(config, argv) and not _would_start_again() else 0
+
+
+def _would_start_again() -> bool:
+    """Whether torchrun takes any exit code but 0 for a failure to be repaired by a restart."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def _plan(config: PretrainConfig) -> None:
@@ -49,7 +58,8 @@ def _plan(config: PretrainConfig) -> None:
         print("Dry run: nothing was trained.")
 
 
-def _train(config: PretrainConfig, argv: Sequence[str]) -> None:
+def _train(config: PretrainConfig, argv: Sequence[str]) -> bool:
+    """Whether training was stopped early."""
     # megatron-core's notes on packages that are not installed: `kvshare doctor` says it better.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
@@ -65,7 +75,8 @@ def _train(config: PretrainConfig, argv: Sequence[str]) -> None:
             config.parallel.distributed_backend,
             config.parallel.distributed_timeout_minutes,
         )
-        pretrain(config, state, Typed(_command(argv), _program("kvshare", "megatron_kvshare")))
+        typed = Typed(_command(argv), _program("kvshare", "megatron_kvshare"))
+        return bool(pretrain(config, state, typed).stopped_by)
     finally:
         parallel.destroy()
 

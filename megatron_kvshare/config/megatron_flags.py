@@ -78,6 +78,7 @@ _ACCEPTED: dict[str, Accepted] = {
     "no_gradient_accumulation_fusion": _ON,
     "no_persist_layer_norm": _ON,
     "use_cpu_initialization": _ON,
+    "exit_signal_handler": _ON,
     "log_throughput": _ON,
     "log_progress": _ON,
     "log_validation_ppl_to_tensorboard": _ON,
@@ -123,12 +124,6 @@ _REFUSED: dict[str, Refused] = {
         _SAMPLES, "use --lr-wsd-decay-iters (samples / --global-batch-size)"
     ),
     "async_save": Refused("checkpoints are written before training goes on", "leave it out"),
-    "exit_signal_handler": Refused(
-        "signals are not turned into checkpoints", "use --save-interval, or --exit-interval N"
-    ),
-    "exit_duration_in_mins": Refused(
-        "runs do not end by the clock", "use --exit-interval N with --save-interval N"
-    ),
     "no_save_rng": Refused(
         "generator states are small and always saved",
         "leave it out; use --no-load-rng when loading",

@@ -12,6 +12,7 @@ from megatron_kvshare.config.types import (
     Momentum,
     NonNegative,
     Positive,
+    Ratio,
     dataclass,
 )
 
@@ -66,9 +67,15 @@ class TrainConfig:
     nan_policy: Literal["skip", "stop"] = "skip"
     """A step with NaN or Inf in loss or gradients is skipped and counted, or stops the run."""
     nan_max_consecutive_skips: Count = 10
-    """Under skip: stop after this many skipped steps in a row."""
+    """Under skip: stop after this many skipped steps in a row, for whatever reason."""
+    loss_spike_factor: Ratio | None = None
+    """A loss above this many times the mean of the last 100 is a spike; left out: none is."""
+    loss_spike_policy: Literal["skip", "stop"] = "skip"
+    """A spike's step is skipped and its samples written down, or stops the run."""
     exit_interval: Count | None = None
     """Save and stop at the next step that is a multiple of this."""
+    exit_duration_in_mins: Positive | None = None
+    """Save and stop after the first step that ends later than this many minutes after the start."""
 
     @property
     def decay_iters(self) -> int:

@@ -19,6 +19,9 @@ Index = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A finite number above 0."""
 
+Ratio = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+"""A finite number above 1."""
+
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """A finite number of at least 0."""
 
@@ -39,5 +42,6 @@ __all__ = [
     "Momentum",
     "NonNegative",
     "Positive",
+    "Ratio",
     "dataclass",
 ]

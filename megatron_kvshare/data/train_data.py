@@ -81,6 +81,12 @@ class TrainData:
         indices = micro_batches(self._layout, request.global_batch_size, 0, request.eval_iters)
         return self._batches(Part.valid, indices)
 
+    def source_of(self, sample: int) -> tuple[str, int]:
+        """Where training sample ``sample`` comes from: prefix of the data, and its number there."""
+        source, number = self._streams[Part.train].locate(sample)
+        rows = [row for row in self.plan.rows if row.part is Part.train]
+        return (rows[source].source if rows else "mock data"), number
+
     def _batches(self, part: Part, indices: Iterator[list[int]]) -> Iterator[Batch]:
         loader = DataLoader(
             self._streams[part],

@@ -1,55 +1,120 @@
-"""What happens when a loss or gradient is not a number (L5): the same decision on every rank."""
+"""Steps that must not change the weights (L5): NaN, Inf and sudden jumps of the loss.
+
+The same decision on every rank: loss and gradient norm are sums over all ranks already, and what a
+single rank sees is voted on.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from megatron_kvshare.checkpoint.manifest import Progress
 from megatron_kvshare.config import TrainConfig
 from megatron_kvshare.errors import Fault, TrainingError
 from megatron_kvshare.megatron_api.parallel import ParallelState
-from megatron_kvshare.train.together import together
+from megatron_kvshare.train.run import Bad, Run, StepResult
+
+SPIKE_WINDOW = 100
+"""A loss is compared with the mean of this many before it."""
+_ENOUGH = 10
+"""Losses without which a mean says nothing."""
+SKIPPED_BATCHES = "skipped_batches.jsonl"
+"""File in the ``--save`` folder that names the samples of every step that was skipped."""
 
 
-def all_finite(values: tuple[float, ...], state: ParallelState) -> bool:
-    """True if ``values`` are finite on every rank."""
+class Votes(NamedTuple):
+    """``finite``: on every rank; ``stop``: the largest wish of any rank, 0 to go on."""
+
+    finite: bool
+    stop: int
+
+
+def vote(values: tuple[float, ...], stop: int, state: ParallelState) -> Votes:
+    """Whether ``values`` are finite and whether to stop after this step, by one collective."""
     finite = all(map(math.isfinite, values))
     if state.world_size == 1:
-        return finite
-    broken = torch.tensor(int(not finite), device=state.platform.device)
-    dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-    return not broken.item()
+        return Votes(finite, stop)
+    ballot = torch.tensor([int(not finite), stop], device=state.platform.device)
+    dist.all_reduce(ballot, op=dist.ReduceOp.MAX)
+    broken, wish = ballot.tolist()
+    return Votes(not broken, wish)
 
 
-class NanGuard:
-    """Counts steps skipped in a row and stops the run where ``--nan-policy`` says so."""
+def loss_limit(train: TrainConfig, progress: Progress) -> float:
+    """The loss above which the next step is a spike."""
+    recent = progress.recent_losses
+    if train.loss_spike_factor is None or len(recent) < _ENOUGH:
+        return math.inf
+    return train.loss_spike_factor * sum(recent) / len(recent)
 
-    def __init__(self, train: TrainConfig, state: ParallelState) -> None:
-        self._policy = train.nan_policy
-        self._most_in_a_row = train.nan_max_consecutive_skips
-        self._state = state
-        self.in_a_row = 0
 
-    def after_step(self, step: int, loss: float, grad_norm: float, skipped: bool) -> None:
-        """Take note of one step; ``skipped`` is the same on all ranks.
+def counted(train: TrainConfig, progress: Progress, loss: float, bad: Bad) -> dict[str, Any]:
+    """The fields of ``progress`` that a step with this outcome moves."""
+    if bad:
+        in_a_row = progress.skipped_in_a_row + 1
+        return {"skipped_steps": progress.skipped_steps + 1, "skipped_in_a_row": in_a_row}
+    recent = (*progress.recent_losses, loss)[-SPIKE_WINDOW:]
+    return {
+        "skipped_in_a_row": 0,
+        "recent_losses": () if train.loss_spike_factor is None else recent,
+    }
 
-        Raises:
-            TrainingError: policy ``stop``, or too many skipped steps in a row.
-        """
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if not skipped:
-            return
-        if self._policy == "stop":
-            rule = "NaN or Inf, and --nan-policy is stop; this step did not change the weights"
-        elif self.in_a_row >= self._most_in_a_row:
-            rule = f"{self.in_a_row} steps in a row had NaN or Inf (--nan-max-consecutive-skips)"
-        else:
-            return
-        value = f"loss {loss}, gradient norm {grad_norm}"
-        fix = (
-            "lower --lr, warm up for longer, look at the data of this step, or train without --bf16"
+
+def fatal(train: TrainConfig, progress: Progress, result: StepResult) -> TrainingError | None:
+    """The error that ends the run after the step that ``progress`` counts last, if it must."""
+    policy = {"nan": train.nan_policy, "spike": train.loss_spike_policy}.get(result.skipped)
+    what = {"nan": "NaN or Inf", "spike": "the loss jumped"}.get(result.skipped)
+    if policy == "stop":
+        flag = "--nan-policy" if result.skipped == "nan" else "--loss-spike-policy"
+        rule = f"{what}, and {flag} is stop; this step did not change the weights"
+    elif policy == "skip" and progress.skipped_in_a_row >= train.nan_max_consecutive_skips:
+        rule = (
+            f"{progress.skipped_in_a_row} steps in a row were skipped, this one because of:"
+            f" {what} (--nan-max-consecutive-skips)"
         )
-        with together(self._state):
-            raise TrainingError(Fault(f"step {step}", value, rule, fix))
+    else:
+        return None
+    value = f"loss {result.loss}, gradient norm {result.grad_norm}"
+    fix = (
+        "lower --lr, warm up for longer, look at the data of this step, or train without --bf16;"
+        " the checkpoint of this step holds the weights from before it"
+    )
+    return TrainingError(Fault(f"step {progress.step}", value, rule, fix))
+
+
+def write_down(run: Run, result: StepResult) -> None:
+    """Name the samples of the step just skipped: a warning, and a line in the ``--save`` folder.
+
+    ``samples``: numbers in the order of training, first and last; ``sources``: for each of them the
+    data it comes from and its number there.
+    """
+    if not run.state.is_first:
+        return
+    batch, progress = run.layout.global_batch_size, run.progress
+    first, last = progress.samples - batch, progress.samples - 1
+    record = {
+        "step": progress.step,
+        "reason": result.skipped,
+        "loss": result.loss if math.isfinite(result.loss) else str(result.loss),
+        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else str(result.grad_norm),
+        "samples": [first, last],
+        "sources": [run.data.source_of(sample) for sample in range(first, last + 1)],
+    }
+    print(
+        f"warning: step {progress.step} was skipped ({result.skipped}: loss {result.loss:.4g},"
+        f" gradient norm {result.grad_norm:.4g}): samples {first} to {last}",
+        file=sys.stderr,
+        flush=True,
+    )
+    if run.config.checkpoint.save is not None:
+        folder = Path(run.config.checkpoint.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / SKIPPED_BATCHES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

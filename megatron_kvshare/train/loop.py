@@ -6,59 +6,83 @@ import sys
 from dataclasses import replace
 
 from megatron_kvshare.config.shape import recipe
-from megatron_kvshare.train.guards import NanGuard
+from megatron_kvshare.train.guards import counted, fatal, loss_limit, write_down
 from megatron_kvshare.train.metrics import Metrics, residual_fields
-from megatron_kvshare.train.run import Run
+from megatron_kvshare.train.run import Orders, Run, StepResult
 from megatron_kvshare.train.setup import save
-from megatron_kvshare.train.step import StepResult, evaluate, train_step
+from megatron_kvshare.train.step import evaluate, train_step
+from megatron_kvshare.train.stopping import StopWish, reason
+from megatron_kvshare.train.together import together
 
 
-def train(run: Run, metrics: Metrics) -> float | None:
-    """Train up to ``train_iters``; returns the loss of the final evaluation, or None."""
+def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
+    """Train up to ``train_iters``, or until ``wish``; returns the loss of the final evaluation.
+
+    None where there is none: evaluation is off, or the run was stopped between two.
+
+    Raises:
+        TrainingError: too many bad steps, or one where the policy is to stop; it is saved before.
+    """
     train, log, checkpoint = run.config.train, run.config.log, run.config.checkpoint
-    guard = NanGuard(train, run.state)
     batches = run.data.train_batches(run.progress.samples)
     valid_loss = None
 
     while (step := run.progress.step + 1) <= train.train_iters:
         last = step == train.train_iters or _due(step, train.exit_interval)
         logged = last or _due(step, log.log_interval)
-        result = train_step(run, batches, step, logged and _wants_residual(run))
+        limit = loss_limit(train, run.progress)
+        orders = Orders(logged and _wants_residual(run), limit, wish.now())
+        result = train_step(run, batches, step, orders)
 
         advance(run, metrics, result)
-        guard.after_step(step, result.loss, result.grad_norm, result.skipped)
-        if logged or result.skipped:
-            extra = residual_fields(result.kv_residuals) | {"skipped": result.skipped or None}
+        error = fatal(train, run.progress, result)
+        stop = error is not None or (result.stop != 0 and not last)
+        if logged or stop or result.skipped:
+            extra = residual_fields(result.kv_residuals) | {"skipped": bool(result.skipped) or None}
             metrics.train(run.progress, result.loss, result.lr, result.grad_norm, **extra)
         with metrics.watch.paused():
-            if train.eval_iters and (last or _due(step, train.eval_interval)):
-                found = evaluate(run)
-                valid_loss = found.loss
-                metrics.valid(
-                    step, found.loss, kv_gap=found.kv_gap, **residual_fields(found.kv_residuals)
-                )
-                warn_of_gap(run, found.kv_gap)
-            if checkpoint.save and (last or _due(step, checkpoint.save_interval)):
+            if train.eval_iters and not stop and (last or _due(step, train.eval_interval)):
+                valid_loss = _validate(run, metrics)
+            if checkpoint.save and (last or stop or _due(step, checkpoint.save_interval)):
                 save(run)
-        if last:
-            break
-    if train.eval_iters and valid_loss is None:  # a resumed run that had nothing left to train
-        valid_loss = evaluate(run).loss
-    return valid_loss
+        if error is not None:
+            with together(run.state):
+                raise error
+        if last or stop:
+            run.stopped_by = _stopped_by(run, result)
+            return valid_loss
+    # A run that was resumed with nothing left to train.
+    return evaluate(run).loss if train.eval_iters else None
 
 
 def advance(run: Run, metrics: Metrics, result: StepResult) -> None:
     """Count one step: its samples and tokens are used up, whether or not it changed the weights."""
-    samples = run.layout.global_batch_size
+    train, samples = run.config.train, run.layout.global_batch_size
     tokens = samples * run.config.model.seq_length
     run.progress = replace(
         run.progress,
         step=run.progress.step + 1,
         samples=run.progress.samples + samples,
         tokens=run.progress.tokens + tokens,
-        skipped_steps=run.progress.skipped_steps + result.skipped,
+        **counted(train, run.progress, result.loss, result.skipped),
     )
     metrics.watch.add_step(tokens)
+    if result.skipped:
+        write_down(run, result)
+
+
+def _validate(run: Run, metrics: Metrics) -> float:
+    found = evaluate(run)
+    residuals = residual_fields(found.kv_residuals)
+    metrics.valid(run.progress.step, found.loss, kv_gap=found.kv_gap, **residuals)
+    warn_of_gap(run, found.kv_gap)
+    return found.loss
+
+
+def _stopped_by(run: Run, result: StepResult) -> str:
+    if run.progress.step == run.config.train.train_iters:
+        return ""
+    return reason(result.stop) if result.stop else "--exit-interval"
 
 
 def warn_of_gap(run: Run, gap: float | None) -> None:

@@ -12,11 +12,17 @@ from megatron_kvshare.train.report import Typed
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.sinks import open_sinks
+from megatron_kvshare.train.stopping import StopWish, stop_wish
 from megatron_kvshare.train.together import together
 
 
 def pretrain(config: PretrainConfig, state: ParallelState, typed: Typed) -> Run:
     """Train and return the run. ``typed`` is the user's command, for the closing words."""
+    with stop_wish(config.train.exit_duration_in_mins) as wish:
+        return _pretrain(config, state, typed, wish)
+
+
+def _pretrain(config: PretrainConfig, state: ParallelState, typed: Typed, wish: StopWish) -> Run:
     run = prepare(config, state)
     if state.is_first:
         device = str(state.platform.device)
@@ -27,7 +33,7 @@ def pretrain(config: PretrainConfig, state: ParallelState, typed: Typed) -> Run:
     with together(state):
         metrics = _metrics(run)
     try:
-        valid_loss = train(run, metrics)
+        valid_loss = train(run, metrics, wish)
     finally:
         metrics.close()
     if state.is_first:

@@ -122,9 +122,12 @@ def _memory(config: PretrainConfig, vocab_size: int, data_parallel: int) -> Trai
 def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
     """Final perplexity, where the checkpoint is and what to do next."""
     progress, config = run.progress, run.config
+    total = config.train.train_iters
     lines = [f"Done: {progress.step:,} steps, {progress.tokens:,} tokens."]
+    if run.stopped_by:
+        lines = [f"Stopped by {run.stopped_by} after step {progress.step:,} of {total:,}."]
     if progress.skipped_steps:
-        lines.append(f"{progress.skipped_steps} steps were skipped (NaN or Inf).")
+        lines.append(f"{progress.skipped_steps} steps were skipped (NaN, Inf or a spike).")
     if valid_loss is not None:
         lines.append(
             f"Validation loss {valid_loss:.4f}, validation perplexity {perplexity(valid_loss):.2f}."

@@ -1,10 +1,12 @@
-"""Everything a training run holds (L5)."""
+"""Everything a training run holds, and what a step is told and tells (L5)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from megatron_kvshare.checkpoint.manifest import Progress
 from megatron_kvshare.config import PretrainConfig
@@ -21,10 +23,41 @@ from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
 
+Bad = Literal["", "nan", "spike"]
+"""Why a step did not change the weights; empty: it did."""
+
+
+class Orders(NamedTuple):
+    """What one training step is told. ``loss_limit``: a loss above it is a spike and changes
+    nothing; ``stop``: this rank's wish to stop, 0 to go on."""
+
+    measure_residual: bool = False
+    loss_limit: float = math.inf
+    stop: int = 0
+
+
+class StepResult(NamedTuple):
+    """``loss``: mean over the unmasked tokens of the global batch, whatever its split over ranks.
+
+    ``kv_residuals``: for every pass how far it moved the shared keys and values,
+    ``||KV_n - KV_{n-1}|| / ||KV_n||``, of the cyclic group that moved furthest; empty unless
+    measured. ``skipped``: why the weights were left as they were. ``stop``: the wish of the rank
+    that wants to stop, the same on all ranks.
+    """
+
+    loss: float
+    lr: float
+    grad_norm: float
+    kv_residuals: tuple[float, ...]
+    skipped: Bad
+    stop: int
+
 
 @dataclass
 class Run:
     """Built by :mod:`megatron_kvshare.train.setup`; the loop moves ``progress`` and ``saved``.
+
+    ``stopped_by``: what ended the loop before ``train_iters``, empty where nothing did.
 
     ``models``: the pipeline stages of this rank (one, unless there are virtual stages);
     ``chunks``: the same as the schedules run them; ``spanning`` runs them instead where cyclic
@@ -45,3 +78,4 @@ class Run:
     scheduler: OptimizerParamScheduler
     progress: Progress
     saved: Path | None = None
+    stopped_by: str = ""

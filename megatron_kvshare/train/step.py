@@ -28,8 +28,8 @@ from megatron_kvshare.sharing.solver import (
     exact_plan,
     solver_plan,
 )
-from megatron_kvshare.train.guards import all_finite
-from megatron_kvshare.train.run import Run
+from megatron_kvshare.train.guards import vote
+from megatron_kvshare.train.run import Bad, Orders, Run, StepResult
 
 _EXACT_ROUND_THE_PIPELINE = Recipe(
     solver=Solver.STRIDED, stride=8, forward_passes=7, backward_passes=1
@@ -45,36 +45,23 @@ class How(NamedTuple):
     measure_residual: bool
 
 
-class StepResult(NamedTuple):
-    """``loss``: mean over the unmasked tokens of the global batch, whatever its split over ranks.
-
-    ``kv_residuals``: for every pass how far it moved the shared keys and values,
-    ``||KV_n - KV_{n-1}|| / ||KV_n||``, of the cyclic group that moved furthest; empty unless
-    measured. ``skipped``: the weights were left as they were.
-    """
-
-    loss: float
-    lr: float
-    grad_norm: float
-    kv_residuals: tuple[float, ...]
-    skipped: bool
-
-
 def train_step(
-    run: Run, batches: Iterator[Batch], step: int, measure_residual: bool = False
+    run: Run, batches: Iterator[Batch], step: int, orders: Orders | None = None
 ) -> StepResult:
-    """Forward and backward over one global batch, then AdamW unless something is NaN or Inf."""
+    """Forward and backward over one global batch, then AdamW unless the step is a bad one."""
+    orders = orders or Orders()
     zero_gradients(run.models, run.optimizer)
     lr = set_learning_rate(run.scheduler, step)
-    how = How(run.plan, measure_residual)
+    how = How(run.plan, orders.measure_residual)
     sums = _run_batches(run, batches, run.layout.num_microbatches, how).sum(0)
     loss = _mean_loss(sums)
     grad_norm = gradient_norm(run.optimizer)
-    finite = all_finite((loss, grad_norm), run.state)
-    if finite:
+    finite, stop = vote((loss, grad_norm), orders.stop, run.state)
+    skipped: Bad = "nan" if not finite else "spike" if loss > orders.loss_limit else ""
+    if not skipped:
         update_parameters(run.models, run.optimizer, run.config.train.clip_grad, grad_norm)
-    residuals = _residuals(run, sums[2:]) if measure_residual else ()
-    return StepResult(loss, lr, grad_norm, residuals, skipped=not finite)
+    residuals = _residuals(run, sums[2:]) if orders.measure_residual else ()
+    return StepResult(loss, lr, grad_norm, residuals, skipped, stop)
 
 
 class Evaluation(NamedTuple):
