@@ -156,7 +156,7 @@ def _data_flags(corpus: Path, trial: Trial) -> list[str]:
             "--metrics-file",
             str(folder / "metrics.jsonl"),
         ),
-        *("--save", str(folder / "checkpoint"), "--load", str(folder / "checkpoint")),
+        *("--save", str(folder / "checkpoint"), "--resume", "auto"),
     ]
 
 

@@ -86,7 +86,6 @@ def _run(trial: Trial, hf: Path, data: Path) -> dict[str, float]:
     if not start.exists():
         init = ["--kv-init", trial.init] if trial.init else []
         _kvshare("convert", "from-hf", "--hf", hf, "--save", start, *init, *trial.map_flags)
-    source = ["--load", end] if end.exists() else ["--load", start, "--finetune"]
     words = [
         *shape_flags(read_json(hf / CONFIG)),
         *trial.map_flags,
@@ -97,8 +96,8 @@ def _run(trial: Trial, hf: Path, data: Path) -> dict[str, float]:
         hf,
     ]
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--train-iters", STEPS]
-    words += ["--save", end, "--metrics-file", folder / "metrics.jsonl"]
-    _kvshare("pretrain", *words, *source)
+    words += ["--load", start, "--finetune", "--save", end, "--resume", "auto"]
+    _kvshare("pretrain", *words, "--metrics-file", folder / "metrics.jsonl")
     return {"before": _loss(start, data, folder), "after": _loss(end, data, folder)}
 
 

@@ -90,7 +90,7 @@ if [[ -z "${DATA_PATH:-}" ]]; then
   fi
 fi
 read -ra DATA <<< "$DATA_PATH"
-FLAGS+=(--data-path "${DATA[@]}" --save "$SAVE" --load "$SAVE" --metrics-file "$(dirname "$SAVE")/metrics.jsonl")
+FLAGS+=(--data-path "${DATA[@]}" --save "$SAVE" --resume auto --metrics-file "$(dirname "$SAVE")/metrics.jsonl")
 if [[ -n "${TOKENIZER_MODEL:-}" ]]; then
   KIND=SentencePieceTokenizer
   if [[ -d "$TOKENIZER_MODEL" ]]; then KIND=HuggingFaceTokenizer; fi

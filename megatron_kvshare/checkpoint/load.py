@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,30 @@ class Newest(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
+def chosen(settings: CheckpointConfig, state: ParallelState) -> CheckpointConfig:
+    """The settings with ``--resume auto`` carried out; all ranks call this.
+
+    Raises:
+        CheckpointError: the run would write over checkpoints of another one.
+    """
+    if settings.save is None:
+        return settings
+    root = Path(settings.save)
+    found: list[Any] = [bool(folders.candidates(root).iterations) if state.is_first else None]
+    dist.broadcast_object_list(found, src=0)
+    if not found[0]:
+        return settings
+    if settings.resume == "auto":
+        whole = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
+        return replace(settings, load=settings.save, **whole)
+    goes_on = settings.load is not None and Path(settings.load).resolve() == root.resolve()
+    if not goes_on or settings.finetune:
+        rule = "it holds checkpoints of another run, which this one would write over"
+        fix = "add --resume auto to go on from them, or choose another folder"
+        raise CheckpointError(Fault("--save", settings.save, rule, fix))
+    return settings
+
+
 def newest_sound(settings: CheckpointConfig, state: ParallelState) -> Newest:
     """The newest checkpoint of ``--load`` of which every byte is as it was written.
 
@@ -90,8 +114,7 @@ def find_checkpoint(
 ) -> Found | None:
     """Check that checkpoint ``iteration`` of ``--load`` fits the run; None means start fresh.
 
-    Does not communicate. A missing checkpoint is fine only in the ``--save`` folder of a run that
-    has yet to start.
+    Does not communicate.
 
     Raises:
         CheckpointError: nothing to load, or it belongs to another map, model or vocabulary.
@@ -100,10 +123,10 @@ def find_checkpoint(
         return None
     root = Path(settings.load)
     if iteration is None:
-        if settings.load == settings.save and not settings.exit_on_missing_checkpoint:
-            return None
         rule = f"there is no checkpoint in it (no {folders.TRACKER})"
         fix = "give the --save folder of an earlier run, or drop --load to start fresh"
+        if settings.load == settings.save:
+            fix = "write --resume auto instead: it starts fresh where there is no checkpoint yet"
         raise CheckpointError(Fault("--load", settings.load, rule, fix))
     folder = folders.iteration_folder(root, iteration)
     manifest = read_manifest(folder)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_kvshare.config import ModelConfig, ParallelConfig
+from megatron_kvshare.config import CheckpointConfig, ModelConfig, ParallelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe
 
 MANIFEST = "kvshare.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 # The weights fit another value of these, so --finetune may change them; a resume may not.
 _CHANGED_BY_FINETUNE = {
@@ -44,7 +43,7 @@ class Progress:
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    recent_losses: Sequence[float] = ()
+    recent_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,11 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     pipeline_parallel: int = 1
     format_version: int = FORMAT_VERSION
+    data: dict[str, Any] = field(default_factory=dict)
+    """What the run reads, see :attr:`megatron_kvshare.data.train_data.TrainData.identity`; empty
+    before version 5."""
+    tracking: dict[str, str] = field(default_factory=dict)
+    """Names under which trackers know the run, so that a resumed run is the same one there."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Marks of the other files, see :mod:`megatron_kvshare.checkpoint.integrity`; none before
     version 4."""
@@ -101,7 +105,9 @@ def read_manifest(folder: Path) -> Manifest:
         values.pop("sha256", None)
         if version < 2:
             values["identity"]["kv_recipe"] = _recipe_of_version_1(values)
-        return Manifest(**{**values, "progress": Progress(**values["progress"])})
+        recent = tuple(values["progress"].pop("recent_losses", ()))
+        progress = Progress(**values.pop("progress"), recent_losses=recent)
+        return Manifest(**values, progress=progress)
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = "this is not a complete checkpoint of megatron_kvshare"
         fix = "load another iter_* folder, by its number in latest_checkpointed_iteration.txt"
@@ -177,6 +183,50 @@ def check_identity(manifest: Manifest, run: dict[str, Any], finetune: bool) -> N
     ]
     if faults:
         raise CheckpointError(faults)
+
+
+def data_changes(stored: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """What a run reads otherwise than the checkpoint did, a line for each difference.
+
+    Parts of the data that only one of them reads are not compared: evaluation may be turned on.
+    """
+    return [
+        f"{name} was {_data_text(stored[name])}, now {_data_text(run[name])}"
+        for name in stored.keys() & run.keys()
+        if _contents(stored[name]) != _contents(run[name])
+    ]
+
+
+def _contents(value: Any) -> Any:
+    """Without the paths: data may be moved."""
+    if not isinstance(value, list):
+        return value
+    return [{name: each for name, each in row.items() if name != "source"} for row in value]
+
+
+def _data_text(value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    return " + ".join(
+        f"{row['weight']:.4g} x {row['source']} (documents {row['documents'][0]} to"
+        f" {row['documents'][1]}, fingerprint {row['fingerprint'][:12]})"
+        for row in value
+    )
+
+
+def check_data(manifest: Manifest, run: dict[str, Any], settings: CheckpointConfig) -> list[str]:
+    """Changes of the data that were accepted by ``--data-change-ok``.
+
+    Raises:
+        CheckpointError: the run would go on with other data than the checkpoint without being told
+        to.
+    """
+    changes = [] if settings.finetune else data_changes(manifest.data, run)
+    if not changes or settings.data_change_ok:
+        return changes
+    rule = f"this run reads other data than the checkpoint: {'; '.join(changes)}"
+    fix = "give the same data, or add --data-change-ok to go on with the new"
+    raise CheckpointError(Fault("--load", settings.load, rule, fix))
 
 
 def _shown(identity: dict[str, Any], name: str) -> Any:

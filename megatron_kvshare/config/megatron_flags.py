@@ -79,6 +79,7 @@ _ACCEPTED: dict[str, Accepted] = {
     "no_persist_layer_norm": _ON,
     "use_cpu_initialization": _ON,
     "exit_signal_handler": _ON,
+    "exit_on_missing_checkpoint": _ON,
     "log_throughput": _ON,
     "log_progress": _ON,
     "log_validation_ppl_to_tensorboard": _ON,

@@ -43,7 +43,7 @@ torchrun --nproc_per_node 8 -m megatron_kvshare pretrain \\
     --kv-pattern sandwich-top --kv-layers 11 --num-query-groups 4 \\
     --data-path data/corpus --tokenizer-model data/tokenizer.model \\
     --global-batch-size 256 --train-iters 10000 --lr-warmup-fraction 0.01 --bf16 \\
-    --save runs/top --load runs/top --save-interval 1000
+    --save runs/top --resume auto --save-interval 1000
 # the same settings in a file, one changed:
 kvshare pretrain --config run.yaml --kv-pattern pizza-bottom
 """

@@ -189,19 +189,27 @@ def saving_is_possible(config: PretrainConfig) -> Iterator[Fault]:
         yield Fault("--save-interval", checkpoint.save_interval, rule_text, fix)
 
 
-@rule("load save exit_on_missing_checkpoint finetune")
+@rule("load finetune")
 def loading_is_possible(config: PretrainConfig) -> Iterator[Fault]:
-    """``--load`` exists, unless it is the ``--save`` folder of a run that has yet to start."""
+    """``--load`` exists."""
     checkpoint = config.checkpoint
     if checkpoint.load is None:
         if checkpoint.finetune:
             rule_text = "there is nothing to start from"
             yield Fault("--finetune", True, rule_text, "add --load FOLDER or drop --finetune")
-        return
-    may_be_new = checkpoint.load == checkpoint.save and not checkpoint.exit_on_missing_checkpoint
-    if not may_be_new and not os.path.isdir(checkpoint.load):
+    elif not os.path.isdir(checkpoint.load):
         fix = "give the --save folder of an earlier run, or drop --load to start fresh"
+        if checkpoint.load == checkpoint.save:
+            fix = "write --resume auto instead: it starts fresh where there is no checkpoint yet"
         yield Fault("--load", checkpoint.load, "there is no such folder", fix)
+
+
+@rule("resume save")
+def resuming_is_possible(config: PretrainConfig) -> Iterator[Fault]:
+    """``--resume`` has a folder to look into."""
+    if config.checkpoint.resume is not None and config.checkpoint.save is None:
+        rule_text = "it continues from the --save folder, and there is none"
+        yield Fault("--resume", config.checkpoint.resume, rule_text, "add --save FOLDER")
 
 
 @rule("metrics_file tensorboard_dir wandb_project")
@@ -278,5 +286,6 @@ RUN_RULES = (
     tokenizer_is_given,
     saving_is_possible,
     loading_is_possible,
+    resuming_is_possible,
     logs_can_be_written,
 )

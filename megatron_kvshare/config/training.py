@@ -97,16 +97,18 @@ class CheckpointConfig:
     save: str | None = None
     """Folder to save to, every --save-interval steps and at the end."""
     load: str | None = None
-    """Folder to continue from. The same as --save: continue when it holds a checkpoint, else start
-    fresh."""
+    """Folder to continue from; there must be a checkpoint in it."""
+    resume: Literal["auto"] | None = None
+    """auto: continue from the newest checkpoint of --save; while there is none, start from --load,
+    or fresh without one. For jobs that are started again and again by the same command."""
     save_interval: Count | None = None
     """Steps between two checkpoints; left out: at the end only."""
-    exit_on_missing_checkpoint: bool = False
-    """Stop when --load holds no checkpoint, even if it is the --save folder."""
     no_save_optim: bool = False
     """Save weights without the optimizer state."""
     no_load_optim: bool = False
     """Load weights without the optimizer state."""
+    data_change_ok: bool = False
+    """Continue although data, blend, seed or sequence length are not those of the checkpoint."""
     no_load_rng: bool = False
     """Do not restore the random number generators."""
     finetune: bool = False

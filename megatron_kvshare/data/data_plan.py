@@ -5,6 +5,7 @@ source (L4).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_kvshare.config import DataConfig
 from megatron_kvshare.data.sources import Source, find_sources
@@ -58,6 +59,16 @@ class PlanRow:
         """Documents of the source in this part."""
         return self.documents[1] - self.documents[0]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The row for :attr:`DataPlan.identity`; ``source`` is there for the reader."""
+        return {
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "documents": list(self.documents),
+            "weight": self.weight,
+        }
+
     def spec(self, request: DataRequest) -> PartSpec:
         """How to build the samples."""
         small = self.tokens <= _MIN_ROUND * request.seq_length
@@ -83,6 +94,22 @@ class DataPlan:
     def parts(self) -> list[Part]:
         """Parts the run reads."""
         return self.request.parts
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which tokens every step reads, whatever the length of the run or its batch;
+        plain data, to be stored in checkpoints."""
+        sources: dict[str, Any] = {
+            part.name: [row.identity for row in self.rows if row.part is part]
+            for part in self.parts
+            if self.rows
+        }
+        return {
+            "seq_length": self.request.seq_length,
+            "seed": self.request.seed,
+            "mock_data": not self.rows,
+            **sources,
+        }
 
     def lines(self) -> list[str]:
         """The plan as an aligned table, one string per line."""

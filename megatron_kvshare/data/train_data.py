@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +80,16 @@ class TrainData:
         request = self.plan.request
         indices = micro_batches(self._layout, request.global_batch_size, 0, request.eval_iters)
         return self._batches(Part.valid, indices)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which tokens every step reads and how they count, as plain data."""
+        return {
+            **self.plan.identity,
+            "reset_position_ids": self._data.reset_position_ids,
+            "reset_attention_mask": self._data.reset_attention_mask,
+            "eod_mask_loss": self._data.eod_mask_loss,
+        }
 
     def source_of(self, sample: int) -> tuple[str, int]:
         """Where training sample ``sample`` comes from: prefix of the data, and its number there."""

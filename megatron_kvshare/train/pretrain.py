@@ -27,8 +27,8 @@ def _pretrain(config: PretrainConfig, state: ParallelState, typed: Typed, wish: 
     if state.is_first:
         device = str(state.platform.device)
         print(report.start(config, run.data.plan, state.world_size, device))
-        if run.progress.step:
-            print(f"Continuing from {config.checkpoint.load} at step {run.progress.step:,}.")
+        if run.continued is not None:
+            print(f"Continuing from {run.continued} at step {run.progress.step:,}.")
         print(flush=True)
     with together(state):
         metrics = _metrics(run)
@@ -45,7 +45,7 @@ def _metrics(run: Run) -> Metrics:
     config, state = run.config, run.state
     sinks, peak = [], 1.0
     if state.is_first:
-        sinks = open_sinks(config)
+        sinks = open_sinks(config, run.progress.step, run.tracking)
         peak = config.log.peak_tflops or measured_peak_tflops(
             state.platform.device, next(run.models[0].parameters()).dtype
         )

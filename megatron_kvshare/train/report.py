@@ -135,7 +135,7 @@ def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
     if run.saved is None:
         return "\n".join(lines)
     root = config.checkpoint.save or ""
-    longer = [*_without(typed.run, "--load", "--train-iters"), "--load", root]
+    longer = [*_without(typed.run, "--load", "--train-iters", "--resume"), "--resume", "auto"]
     longer += ["--train-iters", str(2 * config.train.train_iters)]
     plan = [*typed.program, "plan", "--num-layers", str(run.plan.map.num_layers)]
     plan += ["--kv-map", run.plan.map.notation]

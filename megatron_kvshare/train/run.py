@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -57,11 +57,10 @@ class StepResult(NamedTuple):
 class Run:
     """Built by :mod:`megatron_kvshare.train.setup`; the loop moves ``progress`` and ``saved``.
 
-    ``stopped_by``: what ended the loop before ``train_iters``, empty where nothing did.
-
     ``models``: the pipeline stages of this rank (one, unless there are virtual stages);
     ``chunks``: the same as the schedules run them; ``spanning`` runs them instead where cyclic
-    groups span stages.
+    groups span stages. ``continued``: the checkpoint this run goes on from. ``tracking``: as in the
+    manifest. ``stopped_by``: what ended the loop before ``train_iters``, empty where nothing did.
     """
 
     config: PretrainConfig
@@ -78,4 +77,6 @@ class Run:
     scheduler: OptimizerParamScheduler
     progress: Progress
     saved: Path | None = None
+    continued: Path | None = None
     stopped_by: str = ""
+    tracking: dict[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,20 @@ import torch
 
 from megatron_kvshare import __version__
 from megatron_kvshare.checkpoint.load import (
+    chosen,
     find_checkpoint,
     load_checkpoint,
     newest_sound,
 )
-from megatron_kvshare.checkpoint.manifest import Manifest, Progress, identity, optimizer_format
+from megatron_kvshare.checkpoint.manifest import (
+    Manifest,
+    Progress,
+    check_data,
+    identity,
+    optimizer_format,
+)
 from megatron_kvshare.checkpoint.save import save_checkpoint
-from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.config.pipeline import payload_shape, placement
 from megatron_kvshare.config.pretrain import BatchLayout, batch_layout
@@ -67,18 +75,22 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
     """
     torch.manual_seed(config.train.seed)
     layout = batch_layout(config, state.world_size)
-    iteration = _newest_iteration(config, state)
+    with together(state):
+        settings = chosen(config.checkpoint, state)
+    iteration = _newest_iteration(settings, state)
     with together(state):
         vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
         data = _open_data(config, layout, vocabulary, state)
         kind = optimizer_format(config.parallel, config.model.bf16)
         found = find_checkpoint(
-            config.checkpoint,
+            settings,
             _identity(config, vocabulary),
             kind,
             state.world_size,
             iteration,
         )
+        changes = [] if found is None else check_data(found.manifest, data.identity, settings)
+    _warn(state, [f"--data-change-ok: {change}" for change in changes])
     plan = execution_plan(config.model, config.sharing)
     shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)
     cut = placement(config.model, config.sharing, config.parallel)
@@ -112,17 +124,23 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
         scheduler=build_scheduler(optimizer, config.train),
         progress=Progress() if found is None else found.progress,
         saved=None if found is None else found.stays,
+        continued=None if found is None or settings.finetune else found.folder,
+        tracking={} if found is None or settings.finetune else found.manifest.tracking,
     )
 
 
-def _newest_iteration(config: PretrainConfig, state: ParallelState) -> int | None:
+def _newest_iteration(settings: CheckpointConfig, state: ParallelState) -> int | None:
     """The checkpoint to continue from, None without one; says which are damaged."""
     with together(state):
-        newest = newest_sound(config.checkpoint, state)
-    if state.is_first:
-        for warning in newest.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        newest = newest_sound(settings, state)
+    _warn(state, newest.warnings)
     return newest.iteration
+
+
+def _warn(state: ParallelState, warnings: Sequence[str]) -> None:
+    if state.is_first:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _open_data(
@@ -157,6 +175,8 @@ def save(run: Run) -> None:
         data_parallel=state.dp_size,
         optimizer_format=None if optimizer is None else kind,
         config=as_dict(config),
+        data=run.data.identity,
+        tracking=run.tracking,
         versions={
             "megatron_kvshare": __version__,
             "torch": torch.__version__,

@@ -24,8 +24,10 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(config: PretrainConfig) -> list[Sink]:
-    """The sinks that the settings ask for; on one process of the job only.
+def open_sinks(config: PretrainConfig, step: int, tracking: dict[str, str]) -> list[Sink]:
+    """The sinks that the settings ask for, going on after ``step``; on one process of the job only.
+
+    ``tracking``: what an earlier part of the run noted; gets what this part notes.
 
     Raises:
         ConfigError: a file cannot be written, or a package is missing or refuses to start.
@@ -33,11 +35,11 @@ def open_sinks(config: PretrainConfig) -> list[Sink]:
     log = config.log
     sinks: list[Sink] = [Console(config.train.train_iters)]
     if log.metrics_file is not None:
-        sinks.append(JsonLines(Path(log.metrics_file)))
+        sinks.append(JsonLines(Path(log.metrics_file), step))
     if log.tensorboard_dir is not None:
-        sinks.append(TensorBoard(log.tensorboard_dir))
+        sinks.append(TensorBoard(log.tensorboard_dir, step))
     if log.wandb_project is not None:
-        sinks.append(Wandb(log, as_dict(config)))
+        sinks.append(Wandb(log, as_dict(config), tracking))
     return sinks
 
 
@@ -82,14 +84,17 @@ class Console:
 
 
 class JsonLines:
-    """One JSON object per line, appended: a resumed run goes on in the same file.
+    """One JSON object per line, each step once: a resumed run goes on in the same file.
 
-    What is not a finite number is written as null.
+    Lines of steps that are now done again (a run that died had gone on after its last checkpoint)
+    move to the file ``NAME.replaced`` beside it. What is not a finite number is written as null.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, step: int) -> None:
+        """``step``: the last one that stays."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _set_aside(path, step)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             fix = "give a file in a folder you can write to"
@@ -109,15 +114,39 @@ def _is_plain(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _set_aside(path: Path, step: int) -> None:
+    """Leave the lines up to ``step`` in ``path`` and append the others to ``path.replaced``."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    stay = [line for line in lines if _step_of(line) <= step]
+    if len(stay) == len(lines):
+        return
+    with path.with_name(path.name + ".replaced").open("a", encoding="utf-8") as file:
+        file.writelines(line for line in lines if _step_of(line) > step)
+    draft = path.with_name(path.name + ".partial")
+    draft.write_text("".join(stay), encoding="utf-8")
+    draft.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """Infinite for what is no record: a line cut off when the process was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class TensorBoard:
     """Event files; a record's fields become ``train/...`` or ``valid/...``."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, step: int) -> None:
+        """``step``: the last one that stays; later events of an earlier part are purged."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing("--tensorboard-dir", folder, "tensorboard") from error
-        self._writer = SummaryWriter(folder)
+        self._writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def write(self, record: Record) -> None:
         for name, value in _tagged(record).items():
@@ -128,9 +157,12 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run; with ``--wandb-mode offline`` nothing leaves the machine."""
+    """A wandb run; with ``--wandb-mode offline`` nothing leaves the machine.
 
-    def __init__(self, log: LogConfig, config: Record) -> None:
+    Its id goes to ``tracking`` and with it into checkpoints, so that a resumed run is the same one.
+    """
+
+    def __init__(self, log: LogConfig, config: Record, tracking: dict[str, str]) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -142,12 +174,15 @@ class Wandb:
                 dir=log.wandb_save_dir,
                 mode=log.wandb_mode,
                 config=config,
+                id=tracking.get("wandb"),
+                resume="allow",
             )
         except wandb.errors.Error as error:
             fix = "run `wandb login`, or add --wandb-mode offline"
             raise ConfigError(
                 Fault("--wandb-project", log.wandb_project, f"wandb does not start: {error}", fix)
             ) from error
+        tracking["wandb"] = self._run.id
 
     def write(self, record: Record) -> None:
         self._run.log(_tagged(record), step=record["step"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import multiprocessing
+import os
 import shlex
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +30,15 @@ SMALL = shlex.split(
 )
 
 
+class Accident(NamedTuple):
+    """What happens in training forward number `call` (from 1) on one rank: its loss becomes "nan"
+    or a "spike", or the process gets a signal."""
+
+    rank: int
+    call: int
+    what: str | signal.Signals = "nan"
+
+
 class Outcome(NamedTuple):
     """What one rank saw: its closing state, or the error or exit code it left with."""
 
@@ -34,12 +46,13 @@ class Outcome(NamedTuple):
     skipped_steps: int = 0
     output: str = ""
     error: str = ""
+    stopped_by: str = ""
 
 
 def run_pretrain(
-    state: ParallelState, layout: Layout, flags: list[str], poison: tuple[int, int] | None = None
+    state: ParallelState, layout: Layout, flags: list[str], accident: Accident | None = None
 ) -> Outcome:
-    """A run of `SMALL` with more flags; `poison` (rank, call) makes one forward NaN."""
+    """A run of `SMALL` with more flags."""
     # Saving forks writers, which a daemon (a test's worker) may not do.
     multiprocessing.current_process()._config["daemon"] = False
     tensor = ["--tensor-model-parallel-size", str(layout.tensor)]
@@ -50,30 +63,40 @@ def run_pretrain(
     config = parse_pretrain([*SMALL, *tensor, *sequence, *stages, *flags])
     output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(output), poisoned(state.rank, poison):
+        with contextlib.redirect_stdout(output), happening(state.rank, accident):
             run = pretrain(config, state, Typed(["kvshare", "pretrain", *flags], ["kvshare"]))
     except KVShareError as error:
         return Outcome(output=output.getvalue(), error=str(error))
     except SystemExit as leave:
         return Outcome(output=output.getvalue(), error=f"exit {leave.code}")
-    return Outcome(run.progress.step, run.progress.skipped_steps, output.getvalue())
+    return Outcome(
+        run.progress.step,
+        run.progress.skipped_steps,
+        output.getvalue(),
+        stopped_by=run.stopped_by,
+    )
 
 
 @contextlib.contextmanager
-def poisoned(rank: int, poison: tuple[int, int] | None) -> Any:
-    """Training forward number `poison[1]` on rank `poison[0]` gives a loss that is not a number."""
+def happening(rank: int, accident: Accident | None) -> Any:
+    """Inside, the accident happens on its rank."""
     forward, calls = KVShareGPT.forward, 0
 
-    def poisoned_forward(self: KVShareGPT, *args: Any, **settings: Any) -> ModelOutput:
+    def with_accident(self: KVShareGPT, *args: Any, **settings: Any) -> ModelOutput:
         nonlocal calls
         output = forward(self, *args, **settings)
         calls += torch.is_grad_enabled()
-        return output._replace(value=output.value * float("nan")) if calls == poison[1] else output
+        if calls != accident.call:
+            return output
+        if isinstance(accident.what, signal.Signals):
+            os.kill(os.getpid(), accident.what)
+            return output
+        return output._replace(value=output.value * {"nan": math.nan, "spike": 9}[accident.what])
 
-    if poison is None or poison[0] != rank:
+    if accident is None or accident.rank != rank:
         yield
         return
-    KVShareGPT.forward = poisoned_forward
+    KVShareGPT.forward = with_accident
     try:
         yield
     finally:

@@ -140,7 +140,7 @@ def test_with_gpus_the_full_model_starts_on_all_of_them(workspace, gpu_machine):
     wanted = (
         "-m torch.distributed.run --nproc_per_node 8 --standalone -m megatron_kvshare pretrain"
         " --config examples/configs/1b.yaml --kv-pattern sandwich-top --kv-layers 11"
-        " --data-path 0.7 a 0.3 b --save out/checkpoint --load out/checkpoint"
+        " --data-path 0.7 a 0.3 b --save out/checkpoint --resume auto"
         " --metrics-file out/metrics.jsonl --tokenizer-type SentencePieceTokenizer"
         " --tokenizer-model tok.model --lr 1e-4"
     )

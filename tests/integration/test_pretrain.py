@@ -12,7 +12,7 @@ import pytest
 
 from megatron_kvshare.cli.main import main
 from tests.distributed.world import Layout, World
-from tests.integration.pretrain_jobs import SMALL, Outcome, run_pretrain, set_latest
+from tests.integration.pretrain_jobs import SMALL, Accident, Outcome, run_pretrain, set_latest
 
 ONE, TWO = Layout(), Layout(data=2)
 
@@ -26,10 +26,10 @@ def losses(path: Path) -> dict[int, float]:
 
 
 def run(
-    world: World, layout: Layout, metrics: Path, *flags: object, poison: tuple | None = None
+    world: World, layout: Layout, metrics: Path, *flags: object, accident: Accident | None = None
 ) -> list[Outcome]:
     words = ["--metrics-file", str(metrics), *map(str, flags)]
-    return world.run(run_pretrain, layout, words, poison)
+    return world.run(run_pretrain, layout, words, accident)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,9 @@ def test_stages_resume_on_themselves_and_load_on_one_rank(
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(world: World, tmp_path: Path) -> None:
-    outcomes = run(world, TWO, tmp_path / "m.jsonl", poison=(1, 3))  # 2 micro-batches: step 2
+    outcomes = run(
+        world, TWO, tmp_path / "m.jsonl", accident=Accident(1, 3)
+    )  # 2 micro-batches: step 2
     assert [(each.step, each.skipped_steps) for each in outcomes] == [(6, 1), (6, 1)]
     lines = {each["step"]: each for each in records(tmp_path / "m.jsonl") if "loss" in each}
     assert lines[2]["loss"] is None and lines[2]["skipped"]
@@ -151,7 +153,9 @@ def test_nan_on_one_rank_skips_the_step_on_all(world: World, tmp_path: Path) -> 
 
 
 def test_nan_can_stop_the_run(world: World, tmp_path: Path) -> None:
-    first, second = run(world, TWO, tmp_path / "m.jsonl", "--nan-policy", "stop", poison=(1, 3))
+    first, second = run(
+        world, TWO, tmp_path / "m.jsonl", "--nan-policy", "stop", accident=Accident(1, 3)
+    )
     assert "step 2" in first.error and "--nan-policy is stop" in first.error
     assert second.error == "exit 2"
 

@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 
 from megatron_kvshare.checkpoint import folder
-from megatron_kvshare.checkpoint.load import find_checkpoint, newest_sound
-from megatron_kvshare.checkpoint.manifest import Manifest, Progress, identity, read_manifest
+from megatron_kvshare.checkpoint.load import chosen, find_checkpoint, newest_sound
+from megatron_kvshare.checkpoint.manifest import (
+    Manifest,
+    Progress,
+    check_data,
+    identity,
+    read_manifest,
+)
 from megatron_kvshare.config import CheckpointConfig, ModelConfig
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.sharing.patterns import build_map
@@ -69,12 +75,64 @@ def test_what_is_taken(saved: Path) -> None:
     assert found.progress == Progress() and not found.take_optimizer
 
 
-def test_a_new_run_may_load_its_own_save_folder(tmp_path: Path) -> None:
-    assert find(tmp_path, identity_of(), save=str(tmp_path)) is None
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        find(tmp_path, identity_of(), save=str(tmp_path), exit_on_missing_checkpoint=True)
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+def test_loading_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint.*write --resume auto"):
+        find(tmp_path, identity_of(), save=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"no checkpoint.*drop --load"):
         find(tmp_path, identity_of())
+
+
+@pytest.mark.parametrize("holds", [False, True], ids=["new", "old"])
+def test_resume_auto_goes_on_or_starts_where_load_says(holds, saved, tmp_path, single) -> None:
+    save = saved if holds else tmp_path / "new"
+    given = CheckpointConfig(save=str(save), load="pretrained", resume="auto", finetune=True)
+    taken = chosen(given, single)
+    assert (taken.load, taken.finetune) == ((str(saved), False) if holds else ("pretrained", True))
+
+
+@pytest.mark.parametrize("more", [{}, {"load": "elsewhere"}, {"load": "", "finetune": True}])
+def test_a_run_does_not_write_over_another(more, saved: Path, tmp_path: Path, single) -> None:
+    if more.get("load") == "":
+        more = {**more, "load": str(saved)}
+    with pytest.raises(CheckpointError, match=r"--save.*write over.*--resume auto"):
+        chosen(CheckpointConfig(save=str(saved), **more), single)
+    free = CheckpointConfig(save=str(tmp_path / "new"), **more)
+    assert chosen(free, single) is free
+    same = CheckpointConfig(save=str(saved), load=str(saved))
+    assert chosen(same, single) is same
+
+
+DATA = {
+    "seed": 1,
+    "seq_length": 64,
+    "train": [{"source": "a", "fingerprint": "f1", "documents": [0, 9], "weight": 1.0}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seed": 2}, "seed was 1, now 2"),
+        ({"seq_length": 32}, "seq_length was 64, now 32"),
+        ({"train": [DATA["train"][0] | {"fingerprint": "f2"}]}, "fingerprint f2"),
+        ({"train": [DATA["train"][0] | {"documents": [0, 8]}]}, "documents 0 to 8"),
+        ({"train": [DATA["train"][0] | {"weight": 0.5}] * 2}, "0.5 x a"),
+    ],
+)
+def test_other_data_is_refused_unless_it_is_meant(change: dict, told: str) -> None:
+    stored = Manifest({}, Progress(), 1, 1, None, data=DATA)
+    with pytest.raises(CheckpointError) as caught:
+        check_data(stored, DATA | change, CheckpointConfig(load="x"))
+    assert told in str(caught.value) and "--data-change-ok" in str(caught.value)
+    (accepted,) = check_data(stored, DATA | change, CheckpointConfig(data_change_ok=True))
+    assert told in accepted
+    assert check_data(stored, DATA | change, CheckpointConfig(finetune=True)) == []
+
+
+def test_moved_data_and_an_evaluation_turned_on_are_no_change() -> None:
+    stored = Manifest({}, Progress(), 1, 1, None, data=DATA)
+    run = DATA | {"train": [DATA["train"][0] | {"source": "b"}], "valid": []}
+    assert check_data(stored, run, CheckpointConfig()) == []
 
 
 def test_every_difference_is_listed(saved: Path) -> None:

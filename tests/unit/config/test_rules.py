@@ -98,11 +98,9 @@ WRONG = [
     ("--save-interval 5", "--save-interval", "add --save FOLDER"),
     ("--load no/such/folder", "--load", "drop --load to start fresh"),
     ("--finetune", "--finetune", "add --load FOLDER"),
-    (
-        "--load no/such --save no/such --exit-on-missing-checkpoint",
-        "--load",
-        "drop --load",
-    ),
+    ("--load no/such --save no/such", "--load", "write --resume auto instead"),
+    ("--resume auto", "--resume", "add --save FOLDER"),
+    ("--loss-spike-factor 1", "--loss-spike-factor", ""),
     ("--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model", "add --tokenizer-model FOLDER"),
     ("--tokenizer-model no/such.model", "--tokenizer-model", "kvshare train-tokenizer"),
 ]
@@ -125,7 +123,7 @@ def test_each_rule(argv, flag, fix):
         "--kv-pattern sandwich-top --kv-layers 11 --kv-forward-passes 0 --kv-backward-passes 1",
         "--recompute-granularity full",
         "--recompute-granularity selective",
-        "--save no/such --load no/such --save-interval 10",
+        "--save no/such --resume auto --save-interval 10",
         "--lr-decay-style WSD --lr-wsd-decay-iters 100",
         "--attention-dropout 0 --hidden-dropout 0.0",
         "--max-position-embeddings 4096",

@@ -41,8 +41,8 @@ def test_stopwatch_leaves_pauses_out() -> None:
 
 def test_records_have_the_promised_fields(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "metrics.jsonl"
-    for _ in range(2):  # the second run appends
-        metrics = Metrics([JsonLines(path)], 10, flops_per_token=2e9, peak_tflops=4.0)
+    for step in (0, 3):  # the second run goes on after step 3
+        metrics = Metrics([JsonLines(path, step)], 10, flops_per_token=2e9, peak_tflops=4.0)
         metrics.watch.add_step(64)
         progress = Progress(step=3, samples=6, tokens=192)
         metrics.train(progress, 1 / 3, 0.1, 2.0, kv_residual=None, skipped=None)
@@ -63,7 +63,7 @@ def test_records_have_the_promised_fields(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
-    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink = JsonLines(tmp_path / "metrics.jsonl", 0)
     sink.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
     sink.close()
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -73,7 +73,7 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
 def test_metrics_file_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--metrics-file"):
-        JsonLines(tmp_path / "file" / "metrics.jsonl")
+        JsonLines(tmp_path / "file" / "metrics.jsonl", 0)
 
 
 def test_residuals_of_all_passes_are_fields() -> None:

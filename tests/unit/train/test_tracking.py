@@ -19,12 +19,19 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sink = TensorBoard(str(tmp_path))
+    sink = TensorBoard(str(tmp_path), 0)
     sink.write(TRAIN)
     sink.write(VALID)
+    sink.write(TRAIN | {"step": 2, "loss": 9.0})
+    sink.close()
+    sink = TensorBoard(str(tmp_path), 1)  # resumed after step 1
+    sink.write(TRAIN | {"step": 2, "loss": 2.0})
     sink.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert events.Scalars("train/loss")[0].value == 2.5
+    assert [(each.step, each.value) for each in events.Scalars("train/loss")] == [
+        (1, 2.5),
+        (2, 2.0),
+    ]
     assert events.Scalars("valid/perplexity")[0].value == pytest.approx(7.4)
 
 
@@ -33,11 +40,16 @@ def test_wandb_offline_needs_no_network(tmp_path: Path) -> None:
     settings = LogConfig(
         wandb_project="test", wandb_mode="offline", wandb_save_dir=str(tmp_path), wandb_exp_name="a"
     )
-    sink = Wandb(settings, {"lr": 0.1})
+    tracking: dict[str, str] = {}
+    sink = Wandb(settings, {"lr": 0.1}, tracking)
     sink.write(TRAIN)
     sink.write(VALID)
     sink.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    again = dict(tracking)
+    Wandb(settings, {"lr": 0.1}, again).close()
+    assert tracking["wandb"] and again == tracking
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{tracking['wandb']}"))) == 2
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
@@ -45,4 +57,6 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packa
     for name in [package, "torch.utils.tensorboard"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=f"pip install {package}"):
-        Wandb(LogConfig(wandb_project="p"), {}) if package == "wandb" else TensorBoard("x")
+        if package == "wandb":
+            Wandb(LogConfig(wandb_project="p"), {}, {})
+        TensorBoard("x", 0)
