@@ -34,6 +34,7 @@ class KVShareError(Exception):
     """Base of all user-facing errors; ``faults`` are listed together in the message."""
 
     title = "error"
+    exit_code = EXIT_USER_ERROR
 
     def __init__(self, faults: Fault | Sequence[Fault]) -> None:
         self.faults: tuple[Fault, ...] = (faults,) if isinstance(faults, Fault) else tuple(faults)

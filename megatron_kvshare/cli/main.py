@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KVShareError as error:
         _print_error(error)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print("kvshare: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

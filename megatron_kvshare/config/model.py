@@ -184,8 +184,9 @@ class ParallelConfig:
     """Gather updated weights while forward already runs (needs --use-distributed-optimizer)."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; auto is nccl with GPUs and gloo without."""
-    distributed_timeout_minutes: Count = 10
-    """How long a collective may wait before the run is given up."""
+    distributed_timeout_minutes: Positive = 10
+    """How long nothing may move before the run is given up, with a report of what every rank does
+    and exit code 69."""
 
     @property
     def model_parallel_size(self) -> int:

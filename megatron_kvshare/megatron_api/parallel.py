@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,21 @@ def launched_world() -> tuple[int, int, int]:
     return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
 
 
+_STORE_TIMEOUT = timedelta(seconds=10)
+_COLLECTIVE_GRACE = timedelta(minutes=1)
+"""How much later than the watchdog, which knows more, a collective gives up by itself."""
+
+
+def launcher_store(state: ParallelState) -> dist.Store | None:
+    """A connection of its own to the store that the processes of this start have met at; None for
+    a single process."""
+    if state.world_size == 1:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
+    return dist.PrefixStore(f"kvshare/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def _start_process_group(platform: Platform, timeout: timedelta) -> None:
     rank, world_size, _ = launched_world()
     if world_size == 1:
@@ -72,13 +88,13 @@ def initialize(
     ``virtual_stages``: of each pipeline rank."""
     platform = activate(backend, launched_world()[2])
     if not dist.is_initialized():
-        _start_process_group(platform, timedelta(minutes=timeout_minutes))
+        _start_process_group(platform, timedelta(minutes=timeout_minutes) + _COLLECTIVE_GRACE)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
         virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         create_gloo_process_groups=True,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        distributed_timeout_minutes=1 + math.ceil(timeout_minutes),
     )
     return current_state(platform)
 

@@ -30,6 +30,7 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
     while (step := run.progress.step + 1) <= train.train_iters:
         last = step == train.train_iters or _due(step, train.exit_interval)
         logged = last or _due(step, log.log_interval)
+        run.pulse.beat("waiting for data", step)
         limit = loss_limit(train, run.progress)
         orders = Orders(logged and _wants_residual(run), limit, wish.now())
         result = train_step(run, batches, step, orders)

@@ -14,6 +14,7 @@ from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.sinks import open_sinks
 from megatron_kvshare.train.stopping import StopWish, stop_wish
 from megatron_kvshare.train.together import together
+from megatron_kvshare.train.watchdog import watched
 
 
 def pretrain(config: PretrainConfig, state: ParallelState, typed: Typed) -> Run:
@@ -32,8 +33,10 @@ def _pretrain(config: PretrainConfig, state: ParallelState, typed: Typed, wish: 
         print(flush=True)
     with together(state):
         metrics = _metrics(run)
+    run.pulse.beat("starting")
     try:
-        valid_loss = train(run, metrics, wish)
+        with watched(run.pulse, state, 60 * config.parallel.distributed_timeout_minutes):
+            valid_loss = train(run, metrics, wish)
     finally:
         metrics.close()
     if state.is_first:

@@ -121,8 +121,7 @@ def _memory(config: PretrainConfig, vocab_size: int, data_parallel: int) -> Trai
 
 def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
     """Final perplexity, where the checkpoint is and what to do next."""
-    progress, config = run.progress, run.config
-    total = config.train.train_iters
+    progress, total = run.progress, run.config.train.train_iters
     lines = [f"Done: {progress.step:,} steps, {progress.tokens:,} tokens."]
     if run.stopped_by:
         lines = [f"Stopped by {run.stopped_by} after step {progress.step:,} of {total:,}."]
@@ -134,21 +133,26 @@ def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
         )
     if run.saved is None:
         return "\n".join(lines)
-    root = config.checkpoint.save or ""
-    longer = [*_without(typed.run, "--load", "--train-iters", "--resume"), "--resume", "auto"]
-    longer += ["--train-iters", str(2 * config.train.train_iters)]
+    lines += [f"Checkpoint: {run.saved}", "Next:"]
+    if run.stopped_by:
+        again = [*_without(typed.run, "--resume"), "--resume", "auto"]
+        return "\n".join([*lines, f"  go on:         {shlex.join(again)}"])
+    return "\n".join([*lines, *_next_steps(run, typed)])
+
+
+def _next_steps(run: Run, typed: Typed) -> list[str]:
+    root = run.config.checkpoint.save or ""
+    longer = [*_without(typed.run, "--train-iters", "--resume"), "--resume", "auto"]
+    longer += ["--train-iters", str(2 * run.config.train.train_iters)]
     plan = [*typed.program, "plan", "--num-layers", str(run.plan.map.num_layers)]
     plan += ["--kv-map", run.plan.map.notation]
     export = [*typed.program, "convert", "to-hf", "--load", root]
     export += ["--save", str(Path(root).with_name("hf"))]
-    lines += [
-        f"Checkpoint: {run.saved}",
-        "Next:",
+    return [
         f"  train on:      {shlex.join(longer)}",
         f"  study the map: {shlex.join(plan)}",
         f"  export:        {shlex.join(export)}",
     ]
-    return "\n".join(lines)
 
 
 def _without(command: Sequence[str], *flags: str) -> list[str]:

@@ -22,6 +22,7 @@ from megatron_kvshare.pipeline.chunk import StageChunk
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.train.pulse import Pulse
 
 Bad = Literal["", "nan", "spike"]
 """Why a step did not change the weights; empty: it did."""
@@ -60,7 +61,8 @@ class Run:
     ``models``: the pipeline stages of this rank (one, unless there are virtual stages);
     ``chunks``: the same as the schedules run them; ``spanning`` runs them instead where cyclic
     groups span stages. ``continued``: the checkpoint this run goes on from. ``tracking``: as in the
-    manifest. ``stopped_by``: what ended the loop before ``train_iters``, empty where nothing did.
+    manifest. ``pulse``: what this rank is doing. ``stopped_by``: what ended the loop before
+    ``train_iters``, empty where nothing did.
     """
 
     config: PretrainConfig
@@ -78,5 +80,6 @@ class Run:
     progress: Progress
     saved: Path | None = None
     continued: Path | None = None
+    pulse: Pulse = field(default_factory=Pulse)
     stopped_by: str = ""
     tracking: dict[str, str] = field(default_factory=dict)

@@ -165,6 +165,7 @@ def save(run: Run) -> None:
     """Save the run to ``--save``; all ranks call this."""
     config, state = run.config, run.state
     assert config.checkpoint.save is not None
+    run.pulse.beat("saving")
     optimizer = None if config.checkpoint.no_save_optim else run.optimizer
     kind = optimizer_format(config.parallel, config.model.bf16)
     manifest = Manifest(

@@ -128,7 +128,7 @@ def _run_batches(
     forward_only: bool = False,
 ) -> torch.Tensor:
     """fp64 sums over ranks, a row for each microbatch: token losses, unmasked tokens, residuals."""
-    there = (_to_device(batch, run.state.platform.device) for batch in batches)
+    there = _announced(run, batches, "validation" if forward_only else "forward and backward")
     passes = _by_tasks if run.spanning else _by_schedule
     sums = passes(run, there, count, how, forward_only)
     return all_reduce_(all_reduce_(sums, run.state.dp_group), run.state.pp_group)
@@ -197,6 +197,12 @@ def _row(
 ) -> torch.Tensor:
     sums = [loss, num_tokens.double()]
     return torch.stack(sums if residuals is None else [*sums, *residuals.flatten().unbind()])
+
+
+def _announced(run: Run, batches: Iterator[Batch], what: str) -> Iterator[Batch]:
+    for batch in batches:
+        run.pulse.beat(what)
+        yield _to_device(batch, run.state.platform.device)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,0 +1,225 @@
+"""Ranks that hang or die (L5): the job ends within ``--distributed-timeout-minutes`` and says which
+rank it was, in which step.
+
+A thread of every rank writes signs of life to the store of the launcher. A rank that has not moved
+for too long, or whose communication broke, reads those of the others: who gives none is lost, the
+others say what they wait in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from megatron_kvshare.errors import EXIT_LOST, Fault, KVShareError
+from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
+from megatron_kvshare.train.pulse import Pulse
+
+_STORE_PATIENCE = 5.0
+_LONGEST_INTERVAL = 5.0
+"""Seconds between two signs of life, shorter where the limit is short."""
+
+
+class RankLost(KVShareError):
+    """A rank died or hangs."""
+
+    title = "rank lost"
+    exit_code = EXIT_LOST
+
+
+class Sign(NamedTuple):
+    """A rank's sign of life; ``count`` grows with each."""
+
+    count: int
+    step: int
+    what: str
+    host: str
+    pid: int
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step}, {self.what}"
+
+
+@contextlib.contextmanager
+def watched(pulse: Pulse, state: ParallelState, limit: float) -> Iterator[None]:
+    """Watch this rank inside; ``limit``: seconds it may stay at one thing.
+
+    A rank that hangs is reported, and its process ended with EXIT_LOST, by a thread: nothing else
+    can leave a collective.
+
+    Raises:
+        RankLost: communication broke because a rank has died; on the lowest rank that lives.
+        SystemExit: the same, on the others.
+    """
+    watchdog = _Watchdog(pulse, state, limit)
+    watchdog.start()
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_communication(error):
+            watchdog.explain(error)
+        raise
+    finally:
+        watchdog.stop()
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
+
+
+class _Watchdog(threading.Thread):
+    def __init__(self, pulse: Pulse, state: ParallelState, limit: float) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self._pulse, self._limit, self._state = pulse, limit, state
+        self._interval = min(_LONGEST_INTERVAL, limit / 8)
+        self._store = launcher_store(state)
+        self._count = 0
+        self._done = threading.Event()
+        self._telling = threading.Lock()
+
+    def run(self) -> None:
+        self._give_sign()
+        while not self._done.wait(self._interval):
+            self._give_sign()
+            if time.monotonic() - self._pulse.now.since > self._limit:
+                with self._telling:
+                    self._end_hang()
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+    def explain(self, error: RuntimeError) -> None:
+        """Raise what is behind broken communication; return if every rank still lives."""
+        with self._telling:
+            before, after = self._two_looks()
+            lost = silent(before, after)
+            if lost and self._state.is_first:  # its store is where the others look
+                time.sleep(2 * self._interval)
+        if not lost:
+            return
+        if self._speaker(lost) != self._state.rank:
+            raise SystemExit(EXIT_LOST)
+        raise RankLost(self._fault(report(before, after), str(error).splitlines()[0])) from None
+
+    def _give_sign(self) -> None:
+        self._count += 1
+        now = self._pulse.now
+        sign = Sign(self._count, now.step, now.what, socket.gethostname(), os.getpid())
+        if self._store is not None:
+            write = partial(self._store.set, str(self._state.rank), json.dumps(sign))
+            in_time(write, _STORE_PATIENCE)
+
+    def _end_hang(self) -> None:
+        before, after = self._two_looks()
+        if self._speaker(silent(before, after)) == self._state.rank:
+            why = f"nothing has moved for {self._limit:.0f} s (--distributed-timeout-minutes)"
+            fault = self._fault(report(before, after), why)
+            print(RankLost(fault), file=sys.stderr)
+        print(f"[rank {self._state.rank}] is here:\n{main_stack()}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(EXIT_LOST)
+
+    def _fault(self, lines: Sequence[str], why: str) -> Fault:
+        where = f"step {self._pulse.now.step}"
+        fix = "look at the rank that is behind; started again with --resume auto, the run goes on"
+        return Fault(where, why, "; ".join(lines), fix)
+
+    def _speaker(self, lost: Sequence[int]) -> int:
+        """The lowest rank that lives."""
+        return min(set(range(self._state.world_size)) - set(lost), default=self._state.rank)
+
+    def _two_looks(self) -> tuple[list[Sign | None], list[Sign | None]]:
+        """The signs of all ranks, twice, with time for each to give another in between."""
+        before = self._look()
+        for _ in range(3):
+            time.sleep(self._interval)
+            self._give_sign()
+        return before, self._look()
+
+    def _look(self) -> list[Sign | None]:
+        ranks = range(self._state.world_size)
+        if self._store is None:
+            now = self._pulse.now
+            return [Sign(self._count, now.step, now.what, socket.gethostname(), os.getpid())]
+        read = partial(lambda store: [read_sign(store, rank) for rank in ranks], self._store)
+        found = in_time(read, _STORE_PATIENCE)
+        if found is None:  # the store is gone, and with it the first rank's host
+            return [None if rank == 0 else Sign(self._count, 0, "", "", 0) for rank in ranks]
+        return found
+
+
+def in_time(action: Callable[[], Any], seconds: float) -> Any:
+    """What ``action`` returns, or None where it fails or takes longer: torch's store has no limit
+    for a host that is there and does not answer."""
+    results: list[Any] = []
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):
+            results.append(action())
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
+
+
+def read_sign(store: Any, rank: int) -> Sign | None:
+    """The last sign of life of a rank."""
+    key = str(rank)
+    return Sign(*json.loads(store.get(key))) if store.check([key]) else None
+
+
+def silent(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> list[int]:
+    """Ranks that have given no sign of life between two looks."""
+    pairs = enumerate(zip(before, after, strict=True))
+    return [rank for rank, (old, new) in pairs if new is None or (old and old.count == new.count)]
+
+
+def report(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> list[str]:
+    """Who is lost, and what the others wait in, those that are behind first."""
+    lost = silent(before, after)
+    lines = [_lost_line(rank, after[rank]) for rank in lost]
+    places: dict[tuple[int, str], list[int]] = {}
+    for rank, sign in enumerate(after):
+        if rank not in lost and sign is not None and sign.what:
+            places.setdefault((sign.step, sign.place), []).append(rank)
+    for _, place in sorted(places):
+        ranks = places[next(key for key in places if key[1] == place)]
+        lines.append(f"{_ranks_text(ranks)} in {place}")
+    return lines
+
+
+def _lost_line(rank: int, sign: Sign | None) -> str:
+    if sign is None:
+        return f"rank {rank} gives no sign of life"
+    return (
+        f"rank {rank} (process {sign.pid} on {sign.host}) gives no sign of life, it was last seen"
+        f" in {sign.place}"
+    )
+
+
+def _ranks_text(ranks: Sequence[int], most: int = 8) -> str:
+    text = ", ".join(map(str, ranks[:most])) + (
+        f" and {len(ranks) - most} more" if ranks[most:] else ""
+    )
+    return f"rank {text} is" if len(ranks) == 1 else f"ranks {text} are"
+
+
+def main_stack() -> str:
+    """Where the main thread is, its last few calls."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return "".join(traceback.format_stack(frame)[-12:]).rstrip()
