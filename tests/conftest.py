@@ -25,9 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `pytest -n 2 --dist loadgroup`, tests that share something costly run in one process."""
     for item in items:
-        for folder in ("distributed", "integration"):
-            if folder in item.path.parts:
-                item.add_marker(pytest.mark.xdist_group(folder))
+        if "world" in getattr(item, "fixturenames", ()) or "distributed" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("world"))
+        elif "integration" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group("integration"))
 
 
 @pytest.fixture(scope="session")
