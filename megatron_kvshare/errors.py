@@ -6,6 +6,7 @@ prints the message without a traceback and exits with :data:`EXIT_USER_ERROR`.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ EXIT_LOST = 69
 """A rank died or hung: the job can be started again and goes on from its last checkpoint."""
 EXIT_STOPPED = 75
 """Stopped early by a signal or the clock, after saving: start it again to go on (EX_TEMPFAIL)."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Training saves and leaves with EXIT_STOPPED at any of these."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -18,7 +19,7 @@ from megatron_kvshare.data.mock import MockSamples
 from megatron_kvshare.data.packing import document_ids, position_ids
 from megatron_kvshare.data.sources import token_outside
 from megatron_kvshare.data.stream import SampleStream
-from megatron_kvshare.errors import DataError
+from megatron_kvshare.errors import STOP_SIGNALS, DataError
 from megatron_kvshare.megatron_api.datasets import Part, build_samples
 
 _MOCK_SAMPLES = 1 << 16
@@ -105,6 +106,7 @@ class TrainData:
             # The loader draws a seed when it starts; from its own generator, so that no other draw
             # moves.
             generator=torch.Generator(),
+            worker_init_fn=_leave_stopping_to_the_trainer,
         )
         for fields in loader:
             yield self._finish(**fields)
@@ -123,6 +125,12 @@ class TrainData:
             if self._data.eod_mask_loss:
                 loss_mask = loss_mask.masked_fill(tokens == vocabulary.eod, 0.0)
         return Batch(tokens, labels, loss_mask, positions, documents)
+
+
+def _leave_stopping_to_the_trainer(_worker: int) -> None:
+    """Schedulers signal all processes, and a loader that dies of it takes the trainer with it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def build(data: DataConfig, request: DataRequest, layout: BatchLayout | None = None) -> TrainData:

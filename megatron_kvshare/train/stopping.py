@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-CLOCK = 1
-"""The wish to stop because time is up; below the number of every signal that is heeded."""
+from megatron_kvshare.errors import STOP_SIGNALS
 
-_HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CLOCK = 1
+"""The wish to stop because time is up; below the number of every stop signal."""
 
 
 class StopWish:
@@ -38,9 +38,9 @@ class StopWish:
 
 @contextlib.contextmanager
 def stop_wish(minutes: float | None) -> Iterator[StopWish]:
-    """Heed SIGTERM, SIGINT and SIGUSR1 inside; for the main thread only."""
+    """Heed the stop signals inside; for the main thread only."""
     wish = StopWish(minutes)
-    before = {number: signal.signal(number, wish.heed) for number in _HEEDED}
+    before = {number: signal.signal(number, wish.heed) for number in STOP_SIGNALS}
     try:
         yield wish
     finally:

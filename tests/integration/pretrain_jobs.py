@@ -6,12 +6,12 @@ import contextlib
 import io
 import math
 import multiprocessing
-import os
 import shlex
 import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from megatron_kvshare.config.pretrain import parse_pretrain
@@ -32,7 +32,7 @@ SMALL = shlex.split(
 
 class Accident(NamedTuple):
     """What happens in training forward number `call` (from 1) on one rank: its loss becomes "nan"
-    or a "spike", or the process gets a signal."""
+    or a "spike", or the process and all it started get a signal."""
 
     rank: int
     call: int
@@ -89,7 +89,8 @@ def happening(rank: int, accident: Accident | None) -> Any:
         if calls != accident.call:
             return output
         if isinstance(accident.what, signal.Signals):
-            os.kill(os.getpid(), accident.what)
+            for process in [*psutil.Process().children(), psutil.Process()]:
+                process.send_signal(accident.what)
             return output
         return output._replace(value=output.value * {"nan": math.nan, "spike": 9}[accident.what])
 

@@ -24,12 +24,15 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[int, f
     return losses(path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "loaders"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGUSR1, 0)]
+)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
-    world: World, tmp_path: Path, whole: dict, number: signal.Signals
+    world: World, tmp_path: Path, whole: dict, number: signal.Signals, loaders: int
 ) -> None:
     """Two forwards a step: the signal comes in the second step, and the third is the last."""
-    path, save = tmp_path / "m.jsonl", ("--save", tmp_path / "save", *AUTO)
+    path = tmp_path / "m.jsonl"
+    save = ("--save", tmp_path / "save", "--num-workers", loaders, *AUTO)
     outcomes = run(world, TWO, path, *save, accident=Accident(1, 4, number))
     assert [(each.step, each.stopped_by) for each in outcomes] == [(3, number.name)] * 2
     assert f"Stopped by {number.name} after step 3 of 6." in outcomes[0].output
