@@ -39,10 +39,19 @@ def latest_iteration(root: Path) -> int | None:
 
 def begin(target: Path) -> Path:
     """Make and return the empty folder in which ``target`` is written aside."""
-    aside = target.with_name(target.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    discard(target)
+    aside = _aside(target)
     aside.mkdir(parents=True)
     return aside
+
+
+def discard(target: Path) -> None:
+    """Remove what was written aside for ``target``, as far as that can be done."""
+    shutil.rmtree(_aside(target), ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
 
 
 class Candidates(NamedTuple):

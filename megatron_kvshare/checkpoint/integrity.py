@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 
 Marks = Mapping[str, Mapping[str, Any]]
@@ -24,11 +26,26 @@ def mark(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def mark_files(folder: Path, state: ParallelState) -> dict[str, dict[str, Any]]:
-    """The marks of all files in ``folder``; all ranks call this, each reads its share."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    mine = {name: mark(folder / name) for name in names[state.rank :: state.world_size]}
-    return {name: each for part in gather_objects(mine) for name, each in part.items()}
+def mark_files(
+    folder: Path, state: ParallelState, group: dist.ProcessGroup | None = None
+) -> dict[str, dict[str, Any]]:
+    """The marks of all files in ``folder``; all ranks of ``group`` call this, each reads its share.
+
+    Raises:
+        OSError: on all ranks, if one cannot read its share.
+    """
+    mine: dict[str, dict[str, Any]] = {}
+    failure = None
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+        mine = {name: mark(folder / name) for name in names[state.rank :: state.world_size]}
+    except OSError as error:
+        failure = str(error)
+    everyone = gather_objects((mine, failure), group)
+    for _, reason in everyone:
+        if reason is not None:
+            raise OSError(reason)
+    return {name: each for part, _ in everyone for name, each in part.items()}
 
 
 def problems_of_all(folder: Path, marks: Marks, state: ParallelState) -> list[str]:

@@ -1,15 +1,19 @@
-"""Loading a checkpoint (L4): found, compared with the run, read on any tensor-parallel layout."""
+"""Loading a checkpoint (L4): found, compared with the run, read on any layout and by any
+optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_kvshare.checkpoint import folder as folders
+from megatron_kvshare.checkpoint import older
 from megatron_kvshare.checkpoint.integrity import problems_of_all
 from megatron_kvshare.checkpoint.manifest import (
     Manifest,
@@ -18,14 +22,26 @@ from megatron_kvshare.checkpoint.manifest import (
     check_identity,
     read_manifest,
 )
+from megatron_kvshare.checkpoint.metadata import read_metadata
+from megatron_kvshare.checkpoint.parts import (
+    OPTIMIZER,
+    RANDOM_STATE,
+    UPDATES,
+    Part,
+    optimizer_parts,
+    single_parts,
+    weight_parts,
+)
 from megatron_kvshare.checkpoint.random_state import set_random_state
-from megatron_kvshare.checkpoint.save import RANDOM_STATE, sharded_weights
+from megatron_kvshare.checkpoint.storage import read_parts
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError, Fault
-from megatron_kvshare.megatron_api import dist_checkpoint
 from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer, reload_parameters
+from megatron_kvshare.megatron_api.optimizer_state import MAIN, set_updates
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
+
+_MAIN = f"{OPTIMIZER}state.{MAIN}."
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,6 @@ def newest_sound(settings: CheckpointConfig, state: ParallelState) -> Newest:
 def find_checkpoint(
     settings: CheckpointConfig,
     identity: dict[str, Any],
-    optimizer_format: str,
     world_size: int,
     iteration: int | None,
 ) -> Found | None:
@@ -132,8 +147,10 @@ def find_checkpoint(
     manifest = read_manifest(folder)
     check_identity(manifest, identity, settings.finetune)
     take_optimizer = not (settings.no_load_optim or settings.finetune)
-    if take_optimizer:
-        _check_optimizer(folder, manifest.optimizer_format, optimizer_format)
+    if take_optimizer and not manifest.has_optimizer:
+        rule = "it was saved without optimizer state"
+        fix = "add --no-load-optim to continue without it, or --finetune to start from step 0"
+        raise CheckpointError(Fault("--load", str(folder), rule, fix))
     ranks = manifest.tensor_parallel * manifest.pipeline_parallel * manifest.data_parallel
     same_world = ranks == world_size
     return Found(
@@ -146,42 +163,72 @@ def find_checkpoint(
     )
 
 
-def _check_optimizer(folder: Path, stored: str | None, wanted: str) -> None:
-    if stored == wanted:
-        return
-    rule = "it was saved without optimizer state"
-    fix = "add --no-load-optim to continue without it, or --finetune to start from step 0"
-    if stored is not None:
-        rule = f"its optimizer state is {stored}, this run's is {wanted}"
-        fix = "set --use-distributed-optimizer and --bf16 as in the run that saved it, or " + fix
-    raise CheckpointError(Fault("--load", str(folder), rule, fix))
-
-
 def load_checkpoint(
     found: Found, models: Sequence[KVShareGPT], optimizer: MegatronOptimizer, state: ParallelState
 ) -> None:
-    """Fill ``models``, this rank's pipeline stages, and ``optimizer``; all ranks call this.
+    """Fill ``models``, this rank's pipeline stages, and ``optimizer``; every rank reads for itself.
 
     Raises:
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, or would run code.
     """
-    weights = sharded_weights(models, state)
-    wanted: dict[str, Any] = {"model": weights}
+    metadata = read_metadata(found.folder)
+    parts = weight_parts(models, state)
     if found.take_optimizer:
-        wanted["optimizer"] = dist_checkpoint.sharded_optimizer(optimizer, weights, loading=True)
-    if found.take_random_state:
-        wanted[RANDOM_STATE] = dist_checkpoint.per_rank_object(RANDOM_STATE, None, state)
-    try:
-        values = dist_checkpoint.load(wanted, found.folder)
-    except Exception as error:
-        rule = f"it cannot be read: {error}"
-        fix = f"write the number of another iter_* folder into {folders.TRACKER}"
-        raise CheckpointError(Fault("--load", str(found.folder), rule, fix)) from error
-    for model, stage in zip(models, weights, strict=True):
-        dist_checkpoint.load_model(model, values["model"][stage])
+        parts += optimizer_parts(optimizer, models, state)
+    _clear(models, optimizer)
+    names = metadata.state_dict_metadata.keys()
+    stored = [_as_stored(part, names, found.take_optimizer) for part in parts]
+    read_parts(stored, found.folder, metadata)
     if found.take_optimizer:
-        dist_checkpoint.load_optimizer(optimizer, values["optimizer"])
+        set_updates(optimizer, _updates(found.folder, metadata))
     else:
         reload_parameters(optimizer)
     if found.take_random_state:
-        set_random_state(values[RANDOM_STATE], state.platform.device)
+        set_random_state(_random_state(found.folder, metadata, state), state.platform.device)
+
+
+@torch.no_grad()
+def _clear(models: Sequence[KVShareGPT], optimizer: MegatronOptimizer) -> None:
+    """Vocabulary padding is in no stored tensor: it is zero, in the optimizer's fp32 copies too."""
+    for model in models:
+        for weight in model.parameters():
+            weight.zero_()
+    reload_parameters(optimizer)
+
+
+def _as_stored(part: Part, names: Collection[str], take_optimizer: bool) -> Part:
+    """``part`` under the name of the stored tensor that has its exact values.
+
+    fp32 weights are stored once: as the weights themselves, or beside those of a bf16 run as
+    ``fp32_param`` (``param`` before format 6, by the distributed optimizer). Whichever is there
+    serves fp32 weights and the fp32 copies of bf16 ones.
+    """
+    weight = part.name.removeprefix(_MAIN)
+    is_fp32_weight = not weight.startswith(OPTIMIZER) and part.data.dtype == torch.float32
+    if not (is_fp32_weight and take_optimizer):
+        return part
+    known = (_MAIN + weight, f"{OPTIMIZER}state.param.{weight}", weight)
+    return part._replace(name=next((name for name in known if name in names), part.name))
+
+
+def _updates(folder: Path, metadata: Metadata) -> int:
+    if UPDATES not in metadata.state_dict_metadata:
+        return older.updates(folder)
+    count = torch.zeros(1, dtype=torch.int64)
+    read_parts(single_parts("", {UPDATES: count}), folder, metadata)
+    return int(count)
+
+
+def _random_state(
+    folder: Path, metadata: Metadata, state: ParallelState
+) -> dict[str, torch.Tensor]:
+    prefix = f"{RANDOM_STATE}{state.rank}."
+    stored = metadata.state_dict_metadata.items()
+    sizes = {
+        name.removeprefix(prefix): each.size for name, each in stored if name.startswith(prefix)
+    }
+    if not sizes:
+        return older.random_state(folder, metadata, state.rank, state.world_size)
+    states = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
+    read_parts(single_parts(prefix, states), folder, metadata)
+    return states

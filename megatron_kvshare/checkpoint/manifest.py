@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_kvshare.config import CheckpointConfig, ModelConfig, ParallelConfig
+from megatron_kvshare.config import CheckpointConfig, ModelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe
 
 MANIFEST = "kvshare.json"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 # The weights fit another value of these, so --finetune may change them; a resume may not.
 _CHANGED_BY_FINETUNE = {
@@ -50,14 +50,14 @@ class Progress:
 class Manifest:
     """``identity`` is what the weights are made for; ``config`` is there for the reader.
 
-    ``optimizer_format`` is :func:`optimizer_format` of the state inside, None without one.
+    ``has_optimizer``: its state is inside, as the same tensors whatever optimizer wrote it.
     """
 
     identity: dict[str, Any]
     progress: Progress
     tensor_parallel: int
     data_parallel: int
-    optimizer_format: str | None
+    has_optimizer: bool
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     pipeline_parallel: int = 1
@@ -103,6 +103,8 @@ def read_manifest(folder: Path) -> Manifest:
         if version >= 4 and values["sha256"] != _digest(values):
             raise ValueError("its text is not what was written (SHA-256)")
         values.pop("sha256", None)
+        if version < 6:
+            values["has_optimizer"] = values.pop("optimizer_format") is not None
         if version < 2:
             values["identity"]["kv_recipe"] = _recipe_of_version_1(values)
         recent = tuple(values["progress"].pop("recent_losses", ()))
@@ -120,12 +122,6 @@ def _recipe_of_version_1(values: dict[str, Any]) -> dict[str, Any] | None:
         return None
     passes = ("forward_passes", "backward_passes")
     return Recipe(**{name: values["config"][f"kv_{name}"] for name in passes}).as_dict()
-
-
-def optimizer_format(parallel: ParallelConfig, bf16: bool) -> str:
-    """How optimizer state is arranged; state of one arrangement does not load into another."""
-    kind = "distributed" if parallel.use_distributed_optimizer else "replicated"
-    return f"{kind} {'bf16' if bf16 else 'fp32'}"
 
 
 def identity(

@@ -7,20 +7,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_kvshare.checkpoint import folder as folders
 from megatron_kvshare.checkpoint.integrity import mark_files
 from megatron_kvshare.checkpoint.manifest import Manifest
+from megatron_kvshare.checkpoint.parts import (
+    RANDOM_STATE,
+    UPDATES,
+    Part,
+    optimizer_parts,
+    single_parts,
+    weight_parts,
+)
 from megatron_kvshare.checkpoint.random_state import random_state
+from megatron_kvshare.checkpoint.storage import write_parts
 from megatron_kvshare.errors import CheckpointError, Fault
-from megatron_kvshare.megatron_api import dist_checkpoint
 from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer
+from megatron_kvshare.megatron_api.optimizer_state import updates
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.model.parameters import parameter_pieces
-
-RANDOM_STATE = "random_state"
 
 
 def save_checkpoint(
@@ -37,39 +44,53 @@ def save_checkpoint(
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: it could not be written; an earlier checkpoint is still intact.
+        CheckpointError: on all ranks; it could not be written, earlier checkpoints are intact.
+    """
+    return write_checkpoint(root, manifest, content(models, optimizer, state), state)
+
+
+def content(
+    models: Sequence[KVShareGPT], optimizer: MegatronOptimizer | None, state: ParallelState
+) -> list[Part]:
+    """What this rank writes into a checkpoint: views of the memory that training goes on with."""
+    parts = weight_parts(models, state)
+    if optimizer is not None:
+        parts += optimizer_parts(optimizer, models, state)
+        count = torch.tensor([updates(optimizer)])
+        parts += single_parts("", {UPDATES: count}, ours=state.is_first)
+    generators = random_state(state.platform.device)
+    parts += single_parts(f"{RANDOM_STATE}{state.rank}.", generators)
+    return [part for part in parts if part.ours]
+
+
+def write_checkpoint(
+    root: Path,
+    manifest: Manifest,
+    parts: Sequence[Part],
+    state: ParallelState,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write the ``parts`` of all ranks as the checkpoint of the manifest's step.
+
+    All ranks call this; they talk in ``group``, None: the group of the job.
+
+    Raises:
+        CheckpointError: on all ranks; earlier checkpoints and the tracker are as they were.
     """
     step = manifest.progress.step
     target = folders.iteration_folder(root, step)
-    aside = Path(_on_first_rank(state, target, lambda: str(folders.begin(target))))
-    weights = sharded_weights(models, state)
-    generators = random_state(state.platform.device)
-    content: dict[str, Any] = {
-        "model": weights,
-        RANDOM_STATE: dist_checkpoint.per_rank_object(RANDOM_STATE, generators, state),
-    }
-    if optimizer is not None:
-        content["optimizer"] = dist_checkpoint.sharded_optimizer(optimizer, weights, loading=False)
     try:
-        dist_checkpoint.save(content, aside)
-    except Exception as error:
-        raise _cannot_write(target, error) from error
-    try:
-        marked = replace(manifest, files=mark_files(aside, state))
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-    _on_first_rank(state, target, lambda: _complete(marked, aside, target))
+        aside = Path(_on_first_rank(lambda: str(folders.begin(target)), state, group))
+        write_parts(parts, aside, group)
+        marked = replace(manifest, files=mark_files(aside, state, group))
+        _on_first_rank(lambda: _complete(marked, aside, target), state, group)
+    except (OSError, RuntimeError) as error:
+        if state.is_first:
+            folders.discard(target)
+        fix = "free space or permissions there, or choose another --save folder"
+        rule = f"it cannot be written: {error}"
+        raise CheckpointError(Fault("--save", str(target), rule, fix)) from error
     return target
-
-
-def sharded_weights(models: Sequence[KVShareGPT], state: ParallelState) -> dict[str, Any]:
-    """What :mod:`dist_checkpoint` saves and loads, by stage; the names inside know no stages."""
-    return {
-        f"stage {model.stage.number}": dist_checkpoint.sharded_model(
-            model, parameter_pieces(model), state, model.copies
-        )
-        for model in models
-    }
 
 
 def _complete(manifest: Manifest, aside: Path, target: Path) -> None:
@@ -78,7 +99,9 @@ def _complete(manifest: Manifest, aside: Path, target: Path) -> None:
     folders.publish(aside, target, manifest.progress.step)
 
 
-def _on_first_rank(state: ParallelState, target: Path, action: Callable[[], Any]) -> Any:
+def _on_first_rank(
+    action: Callable[[], Any], state: ParallelState, group: dist.ProcessGroup | None
+) -> Any:
     """Run ``action`` on rank 0 and return its result, or raise its failure, on every rank."""
     outcome: list[Any] = [None, None]
     if state.is_first:
@@ -86,12 +109,7 @@ def _on_first_rank(state: ParallelState, target: Path, action: Callable[[], Any]
             outcome[0] = action()
         except OSError as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
-        raise _cannot_write(target, outcome[1])
+        raise OSError(outcome[1])
     return outcome[0]
-
-
-def _cannot_write(target: Path, reason: object) -> CheckpointError:
-    fix = "free space or permissions there, or choose another --save folder"
-    return CheckpointError(Fault("--save", str(target), f"it cannot be written: {reason}", fix))

@@ -10,12 +10,8 @@ from megatron_kvshare.checkpoint import folder as folders
 from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.integrity import problems
 from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from megatron_kvshare.checkpoint.tensors import (
-    NativeWeights,
-    TensorInfo,
-    TensorSource,
-    damaged,
-)
+from megatron_kvshare.checkpoint.metadata import damaged
+from megatron_kvshare.checkpoint.tensors import NativeWeights, TensorInfo, TensorSource
 from megatron_kvshare.config import ParallelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState

@@ -139,7 +139,7 @@ def _save(
         progress=Progress(),
         tensor_parallel=1,
         data_parallel=1,
-        optimizer_format=None,
+        has_optimizer=False,
         config=_settings(description, found),
         versions={
             "megatron_kvshare": __version__,

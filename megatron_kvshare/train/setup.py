@@ -22,7 +22,6 @@ from megatron_kvshare.checkpoint.manifest import (
     Progress,
     check_data,
     identity,
-    optimizer_format,
 )
 from megatron_kvshare.checkpoint.save import save_checkpoint
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
@@ -81,11 +80,9 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
     with together(state):
         vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
         data = _open_data(config, layout, vocabulary, state)
-        kind = optimizer_format(config.parallel, config.model.bf16)
         found = find_checkpoint(
             settings,
             _identity(config, vocabulary),
-            kind,
             state.world_size,
             iteration,
         )
@@ -167,14 +164,13 @@ def save(run: Run) -> None:
     assert config.checkpoint.save is not None
     run.pulse.beat("saving")
     optimizer = None if config.checkpoint.no_save_optim else run.optimizer
-    kind = optimizer_format(config.parallel, config.model.bf16)
     manifest = Manifest(
         identity=_identity(config, run.data.plan.request.vocabulary),
         progress=run.progress,
         tensor_parallel=state.tp_size,
         pipeline_parallel=state.pp_size,
         data_parallel=state.dp_size,
-        optimizer_format=None if optimizer is None else kind,
+        has_optimizer=optimizer is not None,
         config=as_dict(config),
         data=run.data.identity,
         tracking=run.tracking,

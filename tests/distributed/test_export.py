@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,8 +37,6 @@ LAYOUTS = [
 
 def save(state, layout: Layout, case: Case, folder: str, steps: int):
     """Train ``steps`` and save; returns the weights by name."""
-    # megatron-core writes files from child processes, which the suite's workers may not have.
-    multiprocessing.current_process()._config["daemon"] = False
     config = replace(case.config(layout), checkpoint=CheckpointConfig(save=folder))
     run = setup.prepare(config, state)
     batches = run.data.train_batches(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import multiprocessing
 import shlex
 import signal
 from pathlib import Path
@@ -14,12 +13,18 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.errors import KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT, ModelOutput
+from megatron_kvshare.train.loop import train
+from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.pretrain import pretrain
 from megatron_kvshare.train.report import Typed
+from megatron_kvshare.train.setup import prepare, save
+from megatron_kvshare.train.sinks import Record
+from megatron_kvshare.train.stopping import StopWish
 from tests.distributed.world import Layout
 
 SMALL = shlex.split(
@@ -53,14 +58,7 @@ def run_pretrain(
     state: ParallelState, layout: Layout, flags: list[str], accident: Accident | None = None
 ) -> Outcome:
     """A run of `SMALL` with more flags."""
-    # Saving forks writers, which a daemon (a test's worker) may not do.
-    multiprocessing.current_process()._config["daemon"] = False
-    tensor = ["--tensor-model-parallel-size", str(layout.tensor)]
-    sequence = ["--sequence-parallel"] if layout.sequence_parallel else []
-    stages = ["--pipeline-model-parallel-size", str(layout.pipeline)]
-    if layout.virtual > 1:
-        stages += ["--num-layers-per-virtual-pipeline-stage", "1"]
-    config = parse_pretrain([*SMALL, *tensor, *sequence, *stages, *flags])
+    config = config_of(layout, flags)
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), happening(state.rank, accident):
@@ -75,6 +73,37 @@ def run_pretrain(
         output.getvalue(),
         stopped_by=run.stopped_by,
     )
+
+
+def config_of(layout: Layout, flags: list[str]) -> PretrainConfig:
+    """`SMALL` on a layout, with more flags."""
+    tensor = ["--tensor-model-parallel-size", str(layout.tensor)]
+    sequence = ["--sequence-parallel"] if layout.sequence_parallel else []
+    stages = ["--pipeline-model-parallel-size", str(layout.pipeline)]
+    if layout.virtual > 1:
+        stages += ["--num-layers-per-virtual-pipeline-stage", "1"]
+    return parse_pretrain([*SMALL, *tensor, *sequence, *stages, *flags])
+
+
+def save_again_and_go_on(state: ParallelState, layout: Layout, flags: list[str]) -> list[Record]:
+    """Load from `--load`, save at once to `--save`, then train to the end; returns the log."""
+    run = prepare(config_of(layout, flags), state)
+    save(run)
+    log = Log()
+    train(run, Metrics([log], run.config.train.train_iters, 1.0, 1.0), StopWish(None))
+    return log.records
+
+
+class Log:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def write(self, record: Record) -> None:
+        self.records.append(record)
+
+    def close(self) -> None: ...
 
 
 @contextlib.contextmanager

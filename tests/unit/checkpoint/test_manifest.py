@@ -22,8 +22,6 @@ from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
 
-FORMAT = "replicated fp32"
-
 
 def identity_of(**changes: Any) -> dict[str, Any]:
     kv_map = changes.pop("kv_map", "0_2_2")
@@ -37,29 +35,28 @@ def identity_of(**changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     aside = folder.begin(folder.iteration_folder(tmp_path, 7))
-    Manifest(identity_of(), Progress(7, 56, 560, 1), 1, 2, FORMAT).write(aside)
+    Manifest(identity_of(), Progress(7, 56, 560, 1), 1, 2, True).write(aside)
     folder.publish(aside, folder.iteration_folder(tmp_path, 7), 7)
     return tmp_path
 
 
 def find(root: Path, run: dict[str, Any], **settings: Any) -> Any:
-    kind = settings.pop("optimizer_format", FORMAT)
     config = CheckpointConfig(load=str(root), **settings)
     found = folder.candidates(root).iterations
-    return find_checkpoint(config, run, kind, 2, found[0] if found else None)
+    return find_checkpoint(config, run, 2, found[0] if found else None)
 
 
 def test_round_trip(saved: Path) -> None:
     assert folder.latest_iteration(saved) == 7
     manifest = read_manifest(folder.iteration_folder(saved, 7))
-    assert manifest == Manifest(identity_of(), Progress(7, 56, 560, 1), 1, 2, FORMAT)
+    assert manifest == Manifest(identity_of(), Progress(7, 56, 560, 1), 1, 2, True)
     assert not list(saved.glob("*.partial"))
 
 
 def test_publishing_again_replaces(saved: Path) -> None:
     target = folder.iteration_folder(saved, 7)
     aside = folder.begin(target)
-    Manifest(identity_of(), Progress(7, 1, 1), 1, 1, None).write(aside)
+    Manifest(identity_of(), Progress(7, 1, 1), 1, 1, False).write(aside)
     folder.publish(aside, target, 7)
     assert read_manifest(target).progress.samples == 1
     assert sorted(path.name for path in saved.iterdir()) == [target.name, folder.TRACKER]
@@ -163,13 +160,22 @@ def test_the_stored_recipe_can_be_built_again(saved: Path) -> None:
     assert Recipe.from_dict(stored) == RECIPES["paper"]
 
 
+def write_old(manifest: Manifest, aside: Path) -> None:
+    """Versions before 6 named the kind of optimizer."""
+    manifest.write(aside)
+    path = aside / "kvshare.json"
+    values = json.loads(path.read_text())
+    del values["has_optimizer"]
+    path.write_text(json.dumps({**values, "optimizer_format": "replicated fp32"}))
+
+
 @pytest.mark.parametrize("kv_map", ["0_2_2", "0_0_0"])
 def test_version_1_had_the_published_passes(tmp_path: Path, kv_map: str) -> None:
     old = identity_of(kv_map=kv_map)
     del old["kv_recipe"]
     config = {"kv_forward_passes": 1, "kv_backward_passes": 2}
     aside = folder.begin(folder.iteration_folder(tmp_path, 7))
-    Manifest(old, Progress(7), 1, 2, FORMAT, config, format_version=1).write(aside)
+    write_old(Manifest(old, Progress(7), 1, 2, True, config, format_version=1), aside)
     folder.publish(aside, folder.iteration_folder(tmp_path, 7), 7)
     passes = Recipe(forward_passes=1, backward_passes=2)
     assert find(tmp_path, identity_of(kv_map=kv_map, recipe=passes)) is not None
@@ -182,11 +188,13 @@ def test_an_unknown_tokenizer_is_not_a_difference(saved: Path) -> None:
     assert find(saved, identity_of(tokenizer=None)) is not None
 
 
-def test_optimizer_state_must_fit_or_be_left_out(saved: Path) -> None:
+def test_a_checkpoint_without_optimizer_state_must_be_asked_for(tmp_path: Path) -> None:
+    aside = folder.begin(folder.iteration_folder(tmp_path, 7))
+    Manifest(identity_of(), Progress(7), 1, 2, False).write(aside)
+    folder.publish(aside, folder.iteration_folder(tmp_path, 7), 7)
     with pytest.raises(CheckpointError, match="no-load-optim"):
-        find(saved, identity_of(), optimizer_format="distributed fp32")
-    other = find(saved, identity_of(), optimizer_format="distributed fp32", no_load_optim=True)
-    assert not other.take_optimizer
+        find(tmp_path, identity_of())
+    assert not find(tmp_path, identity_of(), no_load_optim=True).take_optimizer
 
 
 def test_a_newer_format_is_no_damage(saved: Path, single) -> None:
