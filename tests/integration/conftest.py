@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,3 +64,13 @@ class Workspace:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """One copy for all tests of the session; the prepared corpus in it is made once."""
     return Workspace(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture(scope="session")
+def format_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints made by the last version that wrote format 4, by means of megatron-core, on
+    two data-parallel ranks, after three of six steps."""
+    root = tmp_path_factory.mktemp("format_4")
+    with tarfile.open(Path(__file__).with_name("format_4.tar.xz")) as packed:
+        packed.extractall(root, filter="data")
+    return root

@@ -77,17 +77,6 @@ def test_resume_in_a_fresh_process_is_bit_identical(trained: Path, tmp_path: Pat
     assert records(tmp_path / "m.jsonl")[-1] == records(trained / "m.jsonl")[-1]
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_resume_with_the_distributed_optimizer(world: World, tmp_path: Path, bf16: bool) -> None:
-    flags = ["--use-distributed-optimizer", *(["--bf16"] if bf16 else [])]
-    folder = tmp_path / "save"
-    run(world, TWO, tmp_path / "a.jsonl", *flags, "--save", folder, "--save-interval", 3)
-    set_latest(folder, 3)
-    run(world, TWO, tmp_path / "b.jsonl", *flags, "--load", folder)
-    whole = losses(tmp_path / "a.jsonl")
-    assert losses(tmp_path / "b.jsonl") == {step: whole[step] for step in (4, 5, 6)}
-
-
 @pytest.mark.parametrize(
     ("layout", "flags"),
     [
@@ -122,23 +111,6 @@ def test_weights_load_on_another_layout(
     set_latest(trained / "save", 6)
     run(world, layout, tmp_path / "b.jsonl", *load, "--finetune", "--train-iters", 1)
     assert losses(tmp_path / "b.jsonl")[1] < whole[4]
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "distributed-optimizer"])
-def test_stages_resume_on_themselves_and_load_on_one_rank(
-    world: World, tmp_path: Path, sharded: bool
-) -> None:
-    """A checkpoint of pipeline stages knows no stages: its names are those of the whole model."""
-    stages, folder = Layout(pipeline=2), tmp_path / "save"
-    flags = ["--use-distributed-optimizer"] if sharded else []
-    run(world, stages, tmp_path / "a.jsonl", *flags, "--save", folder, "--save-interval", 3)
-    whole = losses(tmp_path / "a.jsonl")
-    set_latest(folder, 3)
-    run(world, stages, tmp_path / "b.jsonl", *flags, "--load", folder)
-    assert losses(tmp_path / "b.jsonl") == {step: whole[step] for step in (4, 5, 6)}
-    run(world, ONE, tmp_path / "c.jsonl", *flags, "--load", folder)
-    expected = {step: whole[step] for step in (4, 5, 6)}
-    assert losses(tmp_path / "c.jsonl") == pytest.approx(expected, rel=1e-5)
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(world: World, tmp_path: Path) -> None:
