@@ -99,7 +99,11 @@ def publish(aside: Path, target: Path, iteration: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
     tracker = target.parent / TRACKER
     draft = tracker.with_suffix(".partial")
-    draft.write_text(f"{iteration}\n", encoding="utf-8")
-    flush(target.parent)
-    os.replace(draft, tracker)
+    try:
+        draft.write_text(f"{iteration}\n", encoding="utf-8")
+        flush(target.parent)
+        os.replace(draft, tracker)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
     flush(target.parent)

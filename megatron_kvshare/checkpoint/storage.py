@@ -29,11 +29,14 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_kvshare.checkpoint.metadata import damaged
 from megatron_kvshare.checkpoint.parts import Part
@@ -103,6 +106,16 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 
     def storage_meta(self) -> None:
         return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """torch reports a full disk as a position that it did not expect: tell what happened."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            reason: BaseException | None = error
+            while reason is not None and not isinstance(reason, OSError):
+                reason = reason.__context__
+            raise reason or error from None
 
 
 class _WritePlanner(torch_checkpoint.DefaultSavePlanner):
