@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,20 @@ from megatron_kvshare.checkpoint.parts import (
     weight_parts,
 )
 from megatron_kvshare.checkpoint.random_state import random_state
+from megatron_kvshare.checkpoint.retention import Keep, remove_superseded
 from megatron_kvshare.checkpoint.storage import write_parts
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer
 from megatron_kvshare.megatron_api.optimizer_state import updates
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
+
+
+class Written(NamedTuple):
+    """A complete checkpoint; ``warnings``: older ones that should have gone and are still there."""
+
+    folder: Path
+    warnings: Sequence[str]
 
 
 def save_checkpoint(
@@ -46,7 +54,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: on all ranks; it could not be written, earlier checkpoints are intact.
     """
-    return write_checkpoint(root, manifest, content(models, optimizer, state), state)
+    return write_checkpoint(root, manifest, content(models, optimizer, state), state).folder
 
 
 def content(
@@ -69,8 +77,10 @@ def write_checkpoint(
     parts: Sequence[Part],
     state: ParallelState,
     group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Write the ``parts`` of all ranks as the checkpoint of the manifest's step.
+    keep: Keep = Keep(),  # noqa: B008 - immutable
+) -> Written:
+    """Write the ``parts`` of all ranks as the checkpoint of the manifest's step; then ``keep`` says
+    which older ones stay.
 
     All ranks call this; they talk in ``group``, None: the group of the job.
 
@@ -84,13 +94,14 @@ def write_checkpoint(
         write_parts(parts, aside, group)
         marked = replace(manifest, files=mark_files(aside, state, group))
         _on_first_rank(lambda: _complete(marked, aside, target), state, group)
+        warnings = _on_first_rank(lambda: remove_superseded(root, step, keep), state, group)
     except (OSError, RuntimeError) as error:
         if state.is_first:
             folders.discard(target)
         fix = "free space or permissions there, or choose another --save folder"
         rule = f"it cannot be written: {error}"
         raise CheckpointError(Fault("--save", str(target), rule, fix)) from error
-    return target
+    return Written(target, warnings)
 
 
 def _complete(manifest: Manifest, aside: Path, target: Path) -> None:

@@ -124,7 +124,6 @@ _REFUSED: dict[str, Refused] = {
     "lr_wsd_decay_samples": Refused(
         _SAMPLES, "use --lr-wsd-decay-iters (samples / --global-batch-size)"
     ),
-    "async_save": Refused("checkpoints are written before training goes on", "leave it out"),
     "no_save_rng": Refused(
         "generator states are small and always saved",
         "leave it out; use --no-load-rng when loading",

@@ -177,16 +177,32 @@ def _tokenizer_files(data: DataConfig, name: str) -> Iterator[Fault]:
         yield Fault("--tokenizer-model", name, "this is a SentencePiece file", fix)
 
 
-@rule("save save_interval")
+_OF_SAVING = ("save_interval", "async_save", "keep_last", "keep_every")
+
+
+@rule(f"save {' '.join(_OF_SAVING)}")
 def saving_is_possible(config: PretrainConfig) -> Iterator[Fault]:
-    """The folder can be written, and an interval has somewhere to go."""
+    """The folder can be written, and what is said of saving has a folder to go to."""
     checkpoint = config.checkpoint
     if checkpoint.save is not None:
         yield from _writable("--save", checkpoint.save)
-    elif checkpoint.save_interval is not None:
-        rule_text = "there is no folder to save to"
-        fix = "add --save FOLDER or drop --save-interval"
-        yield Fault("--save-interval", checkpoint.save_interval, rule_text, fix)
+        return
+    for name in _OF_SAVING:
+        value = getattr(checkpoint, name)
+        if value:
+            flag = "--" + name.replace("_", "-")
+            fix = f"add --save FOLDER or drop {flag}"
+            yield Fault(flag, value, "there is no folder to save to", fix)
+
+
+@rule("keep_last keep_every")
+def something_may_go(config: PretrainConfig) -> Iterator[Fault]:
+    """``--keep-every`` is an exception to ``--keep-last``; alone it would say nothing."""
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        rule_text = "all checkpoints stay unless --keep-last says how many"
+        fix = "add --keep-last N, or drop --keep-every"
+        yield Fault("--keep-every", checkpoint.keep_every, rule_text, fix)
 
 
 @rule("load finetune")
@@ -285,6 +301,7 @@ RUN_RULES = (
     split_is_valid,
     tokenizer_is_given,
     saving_is_possible,
+    something_may_go,
     loading_is_possible,
     resuming_is_possible,
     logs_can_be_written,

@@ -103,6 +103,13 @@ class CheckpointConfig:
     or fresh without one. For jobs that are started again and again by the same command."""
     save_interval: Count | None = None
     """Steps between two checkpoints; left out: at the end only."""
+    async_save: bool = False
+    """Write checkpoints beside the training, which stops only while its state is copied in
+    memory."""
+    keep_last: Count | None = None
+    """How many checkpoints stay, the newest ones; left out: all."""
+    keep_every: Count | None = None
+    """With --keep-last: checkpoints of steps that are multiples of this stay too."""
     no_save_optim: bool = False
     """Save weights without the optimizer state."""
     no_load_optim: bool = False

@@ -39,6 +39,8 @@ def _pretrain(config: PretrainConfig, state: ParallelState, typed: Typed, wish: 
             valid_loss = train(run, metrics, wish)
     finally:
         metrics.close()
+        if run.saver is not None:
+            run.saver.close()
     if state.is_first:
         print("\n" + report.end(run, valid_loss, typed), flush=True)
     return run

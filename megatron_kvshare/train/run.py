@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from megatron_kvshare.checkpoint.manifest import Progress
+from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.pretrain import BatchLayout
 from megatron_kvshare.data.train_data import TrainData
@@ -78,6 +79,7 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     progress: Progress
+    saver: Saver | None = None
     saved: Path | None = None
     continued: Path | None = None
     pulse: Pulse = field(default_factory=Pulse)

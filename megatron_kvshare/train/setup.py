@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from megatron_kvshare.checkpoint.manifest import (
     check_data,
     identity,
 )
-from megatron_kvshare.checkpoint.save import save_checkpoint
+from megatron_kvshare.checkpoint.save import Written, content
+from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.config.pipeline import payload_shape, placement
@@ -120,6 +120,7 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.train),
         progress=Progress() if found is None else found.progress,
+        saver=Saver(config.checkpoint, state) if config.checkpoint.save else None,
         saved=None if found is None else found.stays,
         continued=None if found is None or settings.finetune else found.folder,
         tracking={} if found is None or settings.finetune else found.manifest.tracking,
@@ -159,10 +160,15 @@ def _identity(config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """Save the run to ``--save``; all ranks call this."""
-    config, state = run.config, run.state
-    assert config.checkpoint.save is not None
+    """Save the run to ``--save``, or begin to; all ranks call this.
+
+    Raises:
+        CheckpointError: this save or the one before it could not be written.
+    """
     run.pulse.beat("saving")
+    settle(run, wait=True)
+    config, state = run.config, run.state
+    assert run.saver is not None
     optimizer = None if config.checkpoint.no_save_optim else run.optimizer
     manifest = Manifest(
         identity=_identity(config, run.data.plan.request.vocabulary),
@@ -173,14 +179,35 @@ def save(run: Run) -> None:
         has_optimizer=optimizer is not None,
         config=as_dict(config),
         data=run.data.identity,
-        tracking=run.tracking,
+        tracking=dict(run.tracking),
         versions={
             "megatron_kvshare": __version__,
             "torch": torch.__version__,
             "megatron-core": importlib.metadata.version("megatron-core"),
         },
     )
-    root = Path(config.checkpoint.save)
     models = [model.module for model in run.models]
     with together(state), gathered_parameters(run.models):
-        run.saved = save_checkpoint(root, manifest, models, optimizer, state)
+        written = run.saver.save(manifest, content(models, optimizer, state))
+    _note(run, written)
+
+
+def settle(run: Run, wait: bool = False) -> None:
+    """Take note of a save that has come to its end beside the training; all ranks call this.
+
+    ``wait``: let it come to its end.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    if run.saver is None or not run.saver.is_busy or not (wait or run.saver.is_done()):
+        return
+    with together(run.state):
+        written = run.saver.finish()
+    _note(run, written)
+
+
+def _note(run: Run, written: Written | None) -> None:
+    if written is not None:
+        run.saved = written.folder
+        _warn(run.state, written.warnings)
