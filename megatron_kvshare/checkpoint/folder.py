@@ -95,7 +95,12 @@ def publish(aside: Path, target: Path, iteration: int) -> None:
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-    aside.rename(target)
+    try:
+        aside.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     tracker = target.parent / TRACKER
     draft = tracker.with_suffix(".partial")

@@ -36,6 +36,9 @@ class Keep(NamedTuple):
         ]
 
 
+KEEP_ALL = Keep()
+
+
 def remove_superseded(root: Path, written: int, keep: Keep) -> list[str]:
     """Remove what ``keep`` lets go; returns what could not be removed, and why.
 

@@ -22,7 +22,7 @@ from megatron_kvshare.checkpoint.parts import (
     weight_parts,
 )
 from megatron_kvshare.checkpoint.random_state import random_state
-from megatron_kvshare.checkpoint.retention import Keep, remove_superseded
+from megatron_kvshare.checkpoint.retention import KEEP_ALL, Keep, remove_superseded
 from megatron_kvshare.checkpoint.storage import write_parts
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer
@@ -77,7 +77,7 @@ def write_checkpoint(
     parts: Sequence[Part],
     state: ParallelState,
     group: dist.ProcessGroup | None = None,
-    keep: Keep = Keep(),  # noqa: B008 - immutable
+    keep: Keep = KEEP_ALL,
 ) -> Written:
     """Write the ``parts`` of all ranks as the checkpoint of the manifest's step; then ``keep`` says
     which older ones stay.
