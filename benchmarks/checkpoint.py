@@ -39,7 +39,8 @@ from megatron_kvshare.config import (
 )
 from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.train.run import Run
-from megatron_kvshare.train.setup import prepare, save, settle
+from megatron_kvshare.train.saving import save, settle
+from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.step import train_step
 
 TARGET = 0.15

@@ -9,7 +9,7 @@ from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.train.guards import counted, fatal, loss_limit, write_down
 from megatron_kvshare.train.metrics import Metrics, residual_fields
 from megatron_kvshare.train.run import Orders, Run, StepResult
-from megatron_kvshare.train.setup import save, settle
+from megatron_kvshare.train.saving import save, settle
 from megatron_kvshare.train.step import evaluate, train_step
 from megatron_kvshare.train.stopping import StopWish, reason
 from megatron_kvshare.train.together import together
@@ -45,8 +45,8 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
             if train.eval_iters and not stop and (last or _due(step, train.eval_interval)):
                 valid_loss = _validate(run, metrics)
             if checkpoint.save and (last or stop or _due(step, checkpoint.save_interval)):
-                save(run)
-            settle(run, wait=last or stop)
+                save(run, last=last or stop)
+            settle(run)
         if error is not None:
             with together(run.state):
                 raise error

@@ -57,7 +57,8 @@ class StepResult(NamedTuple):
 
 @dataclass
 class Run:
-    """Built by :mod:`megatron_kvshare.train.setup`; the loop moves ``progress`` and ``saved``.
+    """Built by :mod:`megatron_kvshare.train.setup`; the loop moves ``progress``, ``saved``
+    (the newest checkpoint) and ``failed_saves`` (in a row).
 
     ``models``: the pipeline stages of this rank (one, unless there are virtual stages);
     ``chunks``: the same as the schedules run them; ``spanning`` runs them instead where cyclic
@@ -81,6 +82,7 @@ class Run:
     progress: Progress
     saver: Saver | None = None
     saved: Path | None = None
+    failed_saves: int = 0
     continued: Path | None = None
     pulse: Pulse = field(default_factory=Pulse)
     stopped_by: str = ""

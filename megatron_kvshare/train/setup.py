@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_kvshare import __version__
 from megatron_kvshare.checkpoint.load import (
     chosen,
     find_checkpoint,
@@ -17,15 +15,12 @@ from megatron_kvshare.checkpoint.load import (
     newest_sound,
 )
 from megatron_kvshare.checkpoint.manifest import (
-    Manifest,
     Progress,
     check_data,
     identity,
 )
-from megatron_kvshare.checkpoint.save import Written, content
 from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
-from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.config.pipeline import payload_shape, placement
 from megatron_kvshare.config.pretrain import BatchLayout, batch_layout
 from megatron_kvshare.config.shape import (
@@ -40,7 +35,6 @@ from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
 from megatron_kvshare.megatron_api.optimizer import (
     build_optimizer,
     build_scheduler,
-    gathered_parameters,
     wrap_stages,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
@@ -82,12 +76,12 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
         data = _open_data(config, layout, vocabulary, state)
         found = find_checkpoint(
             settings,
-            _identity(config, vocabulary),
+            run_identity(config, vocabulary),
             state.world_size,
             iteration,
         )
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
-    _warn(state, [f"--data-change-ok: {change}" for change in changes])
+    warn(state, [f"--data-change-ok: {change}" for change in changes])
     plan = execution_plan(config.model, config.sharing)
     shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)
     cut = placement(config.model, config.sharing, config.parallel)
@@ -131,11 +125,12 @@ def _newest_iteration(settings: CheckpointConfig, state: ParallelState) -> int |
     """The checkpoint to continue from, None without one; says which are damaged."""
     with together(state):
         newest = newest_sound(settings, state)
-    _warn(state, newest.warnings)
+    warn(state, newest.warnings)
     return newest.iteration
 
 
-def _warn(state: ParallelState, warnings: Sequence[str]) -> None:
+def warn(state: ParallelState, warnings: Sequence[str]) -> None:
+    """Tell the user, once."""
     if state.is_first:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -152,62 +147,9 @@ def _open_data(
     return train_data.build(config.data, data_request(config, layout, vocabulary), share)
 
 
-def _identity(config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+def run_identity(config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a checkpoint of this run says it is, see :func:`identity`."""
     plan = execution_plan(config.model, config.sharing)
     window = config.sharing.window_size
     made_for = (config.model, plan.map, recipe(config.sharing), window)
     return identity(*made_for, vocabulary.size, vocabulary.fingerprint)
-
-
-def save(run: Run) -> None:
-    """Save the run to ``--save``, or begin to; all ranks call this.
-
-    Raises:
-        CheckpointError: this save or the one before it could not be written.
-    """
-    run.pulse.beat("saving")
-    settle(run, wait=True)
-    config, state = run.config, run.state
-    assert run.saver is not None
-    optimizer = None if config.checkpoint.no_save_optim else run.optimizer
-    manifest = Manifest(
-        identity=_identity(config, run.data.plan.request.vocabulary),
-        progress=run.progress,
-        tensor_parallel=state.tp_size,
-        pipeline_parallel=state.pp_size,
-        data_parallel=state.dp_size,
-        has_optimizer=optimizer is not None,
-        config=as_dict(config),
-        data=run.data.identity,
-        tracking=dict(run.tracking),
-        versions={
-            "megatron_kvshare": __version__,
-            "torch": torch.__version__,
-            "megatron-core": importlib.metadata.version("megatron-core"),
-        },
-    )
-    models = [model.module for model in run.models]
-    with together(state), gathered_parameters(run.models):
-        written = run.saver.save(manifest, content(models, optimizer, state))
-    _note(run, written)
-
-
-def settle(run: Run, wait: bool = False) -> None:
-    """Take note of a save that has come to its end beside the training; all ranks call this.
-
-    ``wait``: let it come to its end.
-
-    Raises:
-        CheckpointError: it could not be written.
-    """
-    if run.saver is None or not run.saver.is_busy or not (wait or run.saver.is_done()):
-        return
-    with together(run.state):
-        written = run.saver.finish()
-    _note(run, written)
-
-
-def _note(run: Run, written: Written | None) -> None:
-    if written is not None:
-        run.saved = written.folder
-        _warn(run.state, written.warnings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import multiprocessing
 import shlex
 import signal
 from pathlib import Path
@@ -22,7 +23,8 @@ from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.pretrain import pretrain
 from megatron_kvshare.train.report import Typed
-from megatron_kvshare.train.setup import prepare, save
+from megatron_kvshare.train.saving import save
+from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.sinks import Record
 from megatron_kvshare.train.stopping import StopWish
 from tests.distributed.world import Layout
@@ -58,6 +60,8 @@ def run_pretrain(
     state: ParallelState, layout: Layout, flags: list[str], accident: Accident | None = None
 ) -> Outcome:
     """A run of `SMALL` with more flags."""
+    # Loaders are children, which a daemon (a test's worker) may not have.
+    multiprocessing.current_process()._config["daemon"] = False
     config = config_of(layout, flags)
     output = io.StringIO()
     try:
@@ -88,7 +92,7 @@ def config_of(layout: Layout, flags: list[str]) -> PretrainConfig:
 def save_again_and_go_on(state: ParallelState, layout: Layout, flags: list[str]) -> list[Record]:
     """Load from `--load`, save at once to `--save`, then train to the end; returns the log."""
     run = prepare(config_of(layout, flags), state)
-    save(run)
+    save(run, last=True)
     log = Log()
     train(run, Metrics([log], run.config.train.train_iters, 1.0, 1.0), StopWish(None))
     return log.records

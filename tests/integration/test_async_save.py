@@ -58,7 +58,7 @@ def test_equals_saving_at_once_to_the_byte(
 @pytest.mark.parametrize("beside", [False, True], ids=["at once", "async"])
 @pytest.mark.parametrize("full", [0, 1], ids=["rank 0", "rank 1"])
 def test_a_full_disk(world: World, tmp_path: Path, beside: bool, full: int) -> None:
-    """One message, the older checkpoint is what it was, nothing half written stays."""
+    """A warning, then one message; the older checkpoint stays, and nothing half written."""
     flags = ["--save", str(tmp_path), *DISTRIBUTED, *["--async-save"] * beside]
     world.run(run_pretrain, TWO, [*flags, "--exit-interval", "2"])
     before = files(tmp_path)
@@ -66,7 +66,7 @@ def test_a_full_disk(world: World, tmp_path: Path, beside: bool, full: int) -> N
     outcomes = world.run(run_on_a_small_disk, TWO, flags, full, 100_000)
     assert outcomes[1].error == "exit 2"
     message = outcomes[0].error
-    assert message.startswith("checkpoint error: --save = ") and "iter_0000004" in message
+    assert message.startswith("checkpoint error: --save = ") and "iter_0000006" in message
     assert "cannot be written" in message and "File too large" in message
     assert "Traceback" not in message and len(message.splitlines()) == 1
     assert files(tmp_path) == before and latest_iteration(tmp_path) == 2

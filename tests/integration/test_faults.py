@@ -124,3 +124,38 @@ def test_another_run_is_not_written_over(world: World, tmp_path: Path) -> None:
     first, second = run(world, TWO, path, *save)
     assert "write over" in first.error and "--resume auto" in first.error
     assert second.error == "exit 2"
+
+
+def block_save(save: Path, step: int) -> None:
+    """A file where the folder has to be: this save cannot be written."""
+    save.mkdir(exist_ok=True)
+    (save / f"iter_{step:07d}.partial").write_text("in the way")
+
+
+@pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["at once", "beside"])
+def test_one_save_that_fails_is_a_warning_and_the_next_one_counts(
+    world: World, tmp_path: Path, whole: dict, flags: list
+) -> None:
+    path, save = tmp_path / "m.jsonl", tmp_path / "save"
+    block_save(save, 2)
+    outcomes = run(world, TWO, path, "--save", save, "--save-interval", 2, *flags)
+    assert [each.step for each in outcomes] == [6, 6] and losses(path) == whole
+    assert sorted(each.name for each in save.glob("iter_*[0-9]")) == [
+        "iter_0000004",
+        "iter_0000006",
+    ]
+
+
+@pytest.mark.parametrize("steps", [(2, 4), (6,)], ids=["two in a row", "the last"])
+def test_saves_that_go_on_failing_end_the_run(
+    world: World, tmp_path: Path, steps: tuple[int, ...]
+) -> None:
+    save = tmp_path / "save"
+    for step in steps:
+        block_save(save, step)
+    first, second = run(
+        world, TWO, tmp_path / "m.jsonl", "--save", save, "--save-interval", 2, "--async-save"
+    )
+    assert "it cannot be written" in first.error and f"iter_{steps[-1]:07d}" in first.error
+    assert second.error == "exit 2"
+    assert len(list(save.glob("iter_*[0-9]"))) == (2 if steps == (6,) else 0)
