@@ -88,7 +88,7 @@ class Saver:
     def _run(self, running: Future[Written], manifest: Manifest, parts: Sequence[Part]) -> None:
         try:
             running.set_result(self._write(manifest, parts))
-        except BaseException as error:  # told by finished()
+        except BaseException as error:  # told by finish()
             running.set_exception(error)
 
     def _write(self, manifest: Manifest, parts: Sequence[Part]) -> Written:

@@ -19,6 +19,14 @@ from tests.integration.test_resharding import losses
 TWO = Layout(data=2)
 DISTRIBUTED = ["--use-distributed-optimizer"]
 
+HOW = pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param(True, id="async"),
+        pytest.param(False, id="at once", marks=pytest.mark.nightly),
+    ],
+)
+
 
 def files(root: Path) -> dict[str, bytes]:
     """Every file of every checkpoint but the manifests, which know how it was saved."""
@@ -55,8 +63,15 @@ def test_equals_saving_at_once_to_the_byte(
     assert latest_iteration(tmp_path / "beside") == 6
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["at once", "async"])
-@pytest.mark.parametrize("full", [0, 1], ids=["rank 0", "rank 1"])
+@pytest.mark.parametrize(
+    ("beside", "full"),
+    [
+        pytest.param(False, 0, id="at once, rank 0"),
+        pytest.param(True, 1, id="async, rank 1"),
+        pytest.param(False, 1, id="at once, rank 1", marks=pytest.mark.nightly),
+        pytest.param(True, 0, id="async, rank 0", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_full_disk(world: World, tmp_path: Path, beside: bool, full: int) -> None:
     """A warning, then one message; the older checkpoint stays, and nothing half written."""
     flags = ["--save", str(tmp_path), *DISTRIBUTED, *["--async-save"] * beside]
@@ -75,7 +90,7 @@ def test_a_full_disk(world: World, tmp_path: Path, beside: bool, full: int) -> N
     assert world.run(run_pretrain, TWO, flags)[0].step == 6
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["at once", "async"])
+@HOW
 def test_old_checkpoints_go(world: World, tmp_path: Path, beside: bool) -> None:
     """Never the newest, nor the one a run goes on from before it has written a newer one."""
     flags = ["--save", str(tmp_path), "--keep-last", "1", *["--async-save"] * beside]
@@ -93,7 +108,7 @@ def kept(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("iter_")) for path in root.glob("iter_*"))
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["at once", "async"])
+@HOW
 def test_killed_while_writing(world: World, tmp_path: Path, beside: bool) -> None:
     flags = ["--save", str(tmp_path), "--save-interval", "2", *["--async-save"] * beside]
     command = [sys.executable, "-m", "tests.integration.saving_jobs", "pretrain", *SMALL, *flags]
