@@ -34,7 +34,10 @@ class Fault:
 
 
 class KVShareError(Exception):
-    """Base of all user-facing errors; ``faults`` are listed together in the message."""
+    """Base of all user-facing errors; ``faults`` are listed together in the message.
+
+    ``exit_code``: what the command line ends with.
+    """
 
     title = "error"
     exit_code = EXIT_USER_ERROR
@@ -80,3 +83,10 @@ class TrainingError(KVShareError):
     """Training cannot continue (for example: too many steps with NaN gradients)."""
 
     title = "training error"
+
+
+class LostError(KVShareError):
+    """A rank died, hung or cannot be reached: nothing to correct, the job can be started again."""
+
+    title = "lost ranks"
+    exit_code = EXIT_LOST

@@ -23,8 +23,18 @@ DESCRIPTION = (
 
 def run(argv: Sequence[str]) -> int:
     """Print the report; return 0 when nothing required is missing or unsupported."""
+    if "--distributed" in argv:
+        # Needs torch, which may be what is missing without the flag.
+        from megatron_kvshare.cli import doctor_distributed
+
+        return doctor_distributed.run(argv)
     parser = argparse.ArgumentParser("kvshare doctor", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="check a whole job, on all its processes: kvshare doctor --distributed --help",
+    )
     wants_json = parser.parse_args(argv).json
     findings = all_findings()
     stops = [finding for finding in findings if finding.stops_work]

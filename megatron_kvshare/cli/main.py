@@ -74,7 +74,8 @@ def overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code: 0, or 2 when the user has something to fix."""
+    """Run one command line and return its exit code (see :mod:`megatron_kvshare.errors`): 0, or for
+    example 2 when the user has something to fix."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _dispatch(arguments)
