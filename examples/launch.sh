@@ -14,6 +14,10 @@
 #   GPUS_PER_NODE    default: all GPUs of this machine
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    several machines: start the script once on each
 #   NPROC            processes when there is no GPU (default TP x PP, which share the cores)
+#   LAUNCHER         torchrun (default): this script starts the processes of its machine; srun: SLURM has started it
+#                    once for every process, as slurm/pretrain.sbatch does
+#   CHECK=1          do not train: see whether all processes could (kvshare doctor --distributed);
+#                    SAVE_BYTES: bytes that must be free at SAVE
 #   FULL_SIZE=1      without a GPU: keep the full-size model (to look at it with --dry-run)
 #
 # Without a GPU a small model of the same map family is trained (examples/configs/small.yaml).
@@ -22,14 +26,30 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # Relative where that is shorter: these paths end up in the commands shown to the user.
 HERE="$(realpath --relative-base="$PWD" "$ROOT/examples")"
 RUNS="$(realpath --relative-base="$PWD" "$ROOT/runs")"
+TOOLS="$(realpath --relative-base="$PWD" "$ROOT/tools")"
 : "${SIZE:?start one of the scripts beside this one, for example examples/pretrain_1b_top_share.sh}"
-NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" TP="${TP:-1}" PP="${PP:-1}" VPP="${VPP:-1}"
+LAUNCHER="${LAUNCHER:-torchrun}"
+NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}" TP="${TP:-1}" PP="${PP:-1}" VPP="${VPP:-1}"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-say() { echo "launch: $*" >&2; }
+say() { if [[ "${RANK:-0}" -eq 0 ]]; then echo "launch: $*" >&2; fi; }
 fail() { echo "launch error: $*" >&2; exit 2; }
 
-if [[ -z "${DATA_PATH:-}" && "$NNODES" -gt 1 ]]; then
+# SLURM signals every process of a job step. The trainer saves and stops at USR1; whatever else is on the way to it,
+# and the trainer before it is ready, must not die of the signal. Ignoring is inherited, until Python sets its handler.
+trap '' USR1
+
+case "$LAUNCHER" in
+  torchrun) ;;
+  srun)
+    : "${SLURM_PROCID:?LAUNCHER=srun is for scripts that srun has started}"
+    export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"
+    # Where SLURM gives each process one GPU of its own, that is its number 0.
+    if [[ "${CUDA_VISIBLE_DEVICES:-,}" != *,* ]]; then LOCAL_RANK=0; fi
+    ;;
+  *) fail "LAUNCHER=$LAUNCHER: it is torchrun or srun" ;;
+esac
+if [[ -z "${DATA_PATH:-}" && "$NNODES" -gt 1 && -z "${SLURM_JOB_ID:-}" ]]; then
   fail "several nodes need data that all of them see: set DATA_PATH and TOKENIZER_MODEL"
 fi
 PY="$(bash "$ROOT/tools/setup_env.sh")"
@@ -99,7 +119,10 @@ fi
 if [[ -n "${TRAIN_ITERS:-}" ]]; then FLAGS+=(--train-iters "$TRAIN_ITERS"); fi
 
 mkdir -p "$(dirname "$SAVE")"
-PRETRAIN=(-m megatron_kvshare pretrain "${FLAGS[@]}" "$@")
+COMMAND=(-m megatron_kvshare pretrain "${FLAGS[@]}" "$@")
+if [[ -n "${CHECK:-}" ]]; then
+  COMMAND=(-m megatron_kvshare doctor --distributed --save "$SAVE" --save-bytes "${SAVE_BYTES:-0}")
+fi
 PROCESSES="${GPUS_PER_NODE:-$GPUS}"
 if [[ "$GPUS" -eq 0 ]]; then
   PROCESSES="${NPROC:-$((TP * PP))}"
@@ -108,10 +131,10 @@ if [[ "$GPUS" -eq 0 ]]; then
   # Threads that wait by spinning make training several times slower where other work shares the cores.
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 fi
-if [[ "$NNODES" -eq 1 && "$PROCESSES" -eq 1 ]]; then
+if [[ "$LAUNCHER" == srun || ("$NNODES" -eq 1 && "$PROCESSES" -eq 1) ]]; then
   RUN=("$PY")
 else
-  RUN=("$PY" -m torch.distributed.run --nproc_per_node "$PROCESSES")
+  RUN=("$PY" "$TOOLS/torchrun.py" --nproc_per_node "$PROCESSES")
   if [[ "$NNODES" -gt 1 ]]; then
     : "${MASTER_ADDR:?on several nodes set MASTER_ADDR to the host name of the first}"
     RUN+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
@@ -120,10 +143,10 @@ else
     RUN+=(--standalone)
   fi
 fi
-if [[ -z "${YARDSTICK:-}" ]]; then
+if [[ -n "${YARDSTICK:-}" ]]; then say "for comparison with the training loss: $YARDSTICK"; fi
+if [[ -z "${YARDSTICK:-}" || -n "${SLURM_JOB_ID:-}" ]]; then
   # The process becomes the trainer, so that signals of a scheduler reach it.
-  exec "${RUN[@]}" "${PRETRAIN[@]}"
+  exec "${RUN[@]}" "${COMMAND[@]}"
 fi
-say "for comparison with the training loss: $YARDSTICK"
-"${RUN[@]}" "${PRETRAIN[@]}"
+"${RUN[@]}" "${COMMAND[@]}"
 say "for comparison with the training loss: $YARDSTICK"

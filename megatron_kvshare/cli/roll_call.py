@@ -44,17 +44,16 @@ class RollCall:
         self._where = f"{host}:{port}"
         # torchrun's own process already serves the port.
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        try:
-            self._store = TCPStore(
-                host,
-                port,
-                is_master=self.rank == 0 and not served,
-                timeout=timedelta(seconds=timeout_seconds),
-                wait_for_workers=False,
-                multi_tenant=True,  # the process group will share it
-            )
-        except DistError as error:
-            raise _no_first_rank(self.rank, self._where, timeout_seconds) from error
+        if self.rank and not self._wait(lambda: _listens(host, port), timeout_seconds):
+            raise _no_first_rank(self.rank, self._where, timeout_seconds)
+        self._store = TCPStore(
+            host,
+            port,
+            is_master=self.rank == 0 and not served,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+            multi_tenant=True,  # the process group will share it
+        )
 
     def share(self, name: str, value: str = "") -> str:
         """A word of the first rank, for all."""
@@ -141,6 +140,15 @@ class RollCall:
 
 def _key(name: str, rank: int) -> str:
     return f"{name}/{rank}"
+
+
+def _listens(host: str, port: int) -> bool:
+    """Whether the store is there: torch's own attempts print pages when they fail."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _no_first_rank(rank: int, where: str, timeout_seconds: float) -> LostError:
