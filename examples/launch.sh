@@ -26,7 +26,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # Relative where that is shorter: these paths end up in the commands shown to the user.
 HERE="$(realpath --relative-base="$PWD" "$ROOT/examples")"
 RUNS="$(realpath --relative-base="$PWD" "$ROOT/runs")"
-TOOLS="$(realpath --relative-base="$PWD" "$ROOT/tools")"
+TOOLS="$(realpath -s --relative-base="$PWD" "$ROOT/tools")"
 : "${SIZE:?start one of the scripts beside this one, for example examples/pretrain_1b_top_share.sh}"
 LAUNCHER="${LAUNCHER:-torchrun}"
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}" TP="${TP:-1}" PP="${PP:-1}" VPP="${VPP:-1}"

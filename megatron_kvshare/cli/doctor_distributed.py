@@ -149,9 +149,9 @@ def _all_reduce(config: PreflightConfig) -> dict[str, Any]:
 
     from megatron_kvshare.megatron_api import parallel
 
-    # A minute more than the thread is waited for: the fault is told before NCCL ends the process.
+    # Collectives wait for a minute longer: the fault is told before NCCL ends the process.
     state = parallel.initialize(
-        backend=config.distributed_backend, timeout_minutes=config.timeout_seconds / 60 + 1
+        backend=config.distributed_backend, timeout_minutes=config.timeout_seconds / 60
     )
     try:
         count = (_GPU_BYTES if state.platform.is_gpu else _CPU_BYTES) // 4

@@ -92,6 +92,10 @@ class World:
             self.close()
             raise
 
+    def forget_groups(self) -> None:
+        """The last job has destroyed the parallel groups: the next one starts with new ones."""
+        self._groups = None
+
     def close(self) -> None:
         """Ends every worker at once, in whatever state it is."""
         workers, self._workers = self._workers, []

@@ -138,7 +138,7 @@ def gpu_machine(tmp_path: Path) -> dict[str, str]:
 def test_with_gpus_the_full_model_starts_on_all_of_them(workspace, gpu_machine):
     done = workspace.bash("bash examples/pretrain_1b_top_share.sh --lr 1e-4", gpu_machine)
     wanted = (
-        "-m torch.distributed.run --nproc_per_node 8 --standalone -m megatron_kvshare pretrain"
+        "tools/torchrun.py --nproc_per_node 8 --standalone -m megatron_kvshare pretrain"
         " --config examples/configs/1b.yaml --kv-pattern sandwich-top --kv-layers 11"
         " --data-path 0.7 a 0.3 b --save out/checkpoint --resume auto"
         " --metrics-file out/metrics.jsonl --tokenizer-type SentencePieceTokenizer"
@@ -165,3 +165,31 @@ def test_several_nodes_and_tensor_parallel(workspace, gpu_machine):
 def test_several_nodes_need_an_address(workspace, gpu_machine):
     done = workspace.bash("bash examples/pretrain_1b_cla.sh", {**gpu_machine, "NNODES": "2"})
     assert done.returncode != 0 and "MASTER_ADDR" in done.stderr
+
+
+def test_srun_starts_every_process_by_itself(workspace, gpu_machine):
+    """The processes know their ranks from SLURM; with one visible GPU each, its number is 0."""
+    show = 'echo "$RANK of $WORLD_SIZE, GPU $LOCAL_RANK: $*"'
+    Path(gpu_machine["PYTHON"]).write_text(GPU_PYTHON.replace('echo "$*"', show))
+    task = {"LAUNCHER": "srun", "SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3"}
+    started = {**gpu_machine, **task, "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+    done = workspace.bash("bash examples/pretrain_1b_yoco.sh", started)
+    assert done.stdout.startswith("11 of 16, GPU 3: -m megatron_kvshare pretrain"), done.stderr
+    alone = {**started, "CUDA_VISIBLE_DEVICES": "3", "CHECK": "1", "SAVE_BYTES": "5"}
+    done = workspace.bash("bash examples/pretrain_1b_yoco.sh", alone)
+    doctor = "-m megatron_kvshare doctor --distributed --save out/checkpoint --save-bytes 5"
+    assert done.stdout == f"11 of 16, GPU 0: {doctor}\n"
+
+
+def test_an_unknown_launcher_is_told(workspace, gpu_machine):
+    done = workspace.bash("bash examples/pretrain_1b_cla.sh", {**gpu_machine, "LAUNCHER": "mpirun"})
+    assert done.returncode == 2 and "torchrun or srun" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_torchrun_passes_exit_codes_on(workspace: Workspace, code: int):
+    (workspace.folder / "leave.py").write_text(f"import sys; sys.exit({code})")
+    started = "tools/torchrun.py --standalone --nproc_per_node 1 leave.py"
+    done = workspace.bash(f'PYTHONPATH=. "$PYTHON" {started}')
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr

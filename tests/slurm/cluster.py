@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -69,11 +70,19 @@ class Job:
             assert time.monotonic() < deadline, f"waiting for {what}\n{self.log()}"
             time.sleep(0.5)
 
-    def losses(self) -> dict[int, float]:
-        """By step; a step that was trained twice counts once, and must have the same loss."""
+    def _records(self) -> list[dict]:
+        """Of the training steps in the metrics file."""
         metrics = self.save.parent / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        return {each["step"]: each["loss"] for each in map(json.loads, lines) if "loss" in each}
+        return [each for each in map(json.loads, lines) if "loss" in each]
+
+    def steps(self) -> list[int]:
+        """As they are written."""
+        return [each["step"] for each in self._records()]
+
+    def losses(self) -> dict[int, float]:
+        """By step."""
+        return {each["step"]: each["loss"] for each in self._records()}
 
     @property
     def logs(self) -> Path:
@@ -81,7 +90,8 @@ class Job:
 
     def log(self) -> str:
         """What batch script and preflight said, and then every process."""
-        return "".join(f"== {path.name}\n{path.read_text()}" for path in sorted(self.logs.iterdir()))
+        files = sorted(path for path in self.logs.glob("*") if path.is_file())
+        return "".join(f"== {path.name}\n{path.read_text()}" for path in files)
 
 
 def submit(
@@ -119,3 +129,22 @@ def submit(
 def disturb(fault: str, node: str) -> None:
     """What the test cluster's `node.sh` does: crash, start, resume, ..."""
     subprocess.run(["bash", str(FAULTS), fault, node], check=True, timeout=60)
+
+
+def processes(job: Job) -> list[int]:
+    """The trainers of a job, in the order they were started; on one machine with its nodes."""
+    mine = f"SLURM_JOB_ID={job.field('JobId')}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if mine in variables and words[1:4] == [b"-m", b"megatron_kvshare", b"pretrain"]:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
