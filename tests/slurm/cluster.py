@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -55,12 +54,12 @@ class Job:
     def restarts(self) -> int:
         return int(self.field("Restarts"))
 
-    def wait_for_end(self, seconds: float = 300) -> str:
+    def wait_for_end(self, seconds: float = 900) -> str:
         """The state it ended in."""
         self.wait(lambda: self.field("JobState") in ENDED, seconds, "the job to end")
         return self.field("JobState")
 
-    def wait_for_steps(self, count: int, seconds: float = 180) -> None:
+    def wait_for_steps(self, count: int, seconds: float = 600) -> None:
         """Until so many steps are in the metrics file."""
         self.wait(lambda: len(self.losses()) >= count, seconds, f"{count} steps")
 
@@ -144,7 +143,3 @@ def processes(job: Job) -> list[int]:
         if mine in variables and words[1:4] == [b"-m", b"megatron_kvshare", b"pretrain"]:
             found.append(int(folder.name))
     return sorted(found)
-
-
-def kill(process: int) -> None:
-    os.kill(process, signal.SIGKILL)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Job, command, disturb, kill, processes, submit
+from tests.slurm.cluster import Job, command, disturb, processes, submit
 
 STEPS = range(1, 121)
 
@@ -33,15 +35,15 @@ def test_two_nodes_train(finished: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "words"),
-    [("srun", ["--batch"]), ("torchrun", [])],
+    ("launcher", "words", "preflight"),
+    [("srun", ["--batch"], "0"), ("torchrun", [], "1")],
     ids=["srun, batch shell warned", "torchrun, only the step warned"],
 )
 def test_a_stopped_job_goes_on_bit_for_bit(
-    finished: Job, clone: Path, launcher: str, words: list[str]
+    finished: Job, clone: Path, launcher: str, words: list[str], preflight: str
 ) -> None:
     """SLURM warns the batch script before a time limit, and only the step when it preempts."""
-    more = {"LAUNCHER": launcher, "PREFLIGHT": "0", "MAX_REQUEUES": "0"}
+    more = {"LAUNCHER": launcher, "PREFLIGHT": preflight, "MAX_REQUEUES": "0"}
     job = submit(clone, clone / f"stopped-{launcher}" / "checkpoint", more=more)
     job.wait_for_steps(10)
     command("scancel", *words, "--signal=USR1", job.number)
@@ -62,20 +64,35 @@ def test_a_job_that_loses_a_node_finishes(test_cluster: None, finished: Job, clo
     node = job.nodes[1]
     disturb("crash", node)
     try:
-        job.wait(lambda: job.restarts >= 1, 180, "a requeue")
+        job.wait(lambda: job.restarts >= 1, 300, "a requeue")
     finally:
         disturb("start", node)
     assert job.wait_for_end() == "COMPLETED", job.log()
     assert job.losses() == finished.losses()
 
 
-def test_lost_processes_are_replaced_up_to_a_limit(clone: Path) -> None:
+def test_a_job_that_hangs_is_ended_and_finishes(
+    test_cluster: None, finished: Job, clone: Path
+) -> None:
+    """No process dies and no connection breaks: only the trainer can notice."""
+    flags = "--save-interval 10 --distributed-timeout-minutes 0.5"
+    job = submit(clone, clone / "hangs" / "checkpoint", more={"PREFLIGHT": "0"}, flags=flags)
+    job.wait_for_steps(15)
+    os.kill(processes(job)[-1], signal.SIGSTOP)
+    job.wait(lambda: job.restarts >= 1, 300, "a requeue")
+    assert job.wait_for_end() == "COMPLETED", job.log()
+    assert job.losses() == finished.losses()
+    log = job.log()
+    assert "nothing has moved for 30 s" in log and "requeue 1 of at most 10" in log
+
+
+def test_lost_processes_are_replaced_up_to_a_limit(test_cluster: None, clone: Path) -> None:
     more = {"PREFLIGHT": "0", "MAX_REQUEUES": "1"}
     job = submit(clone, clone / "lost" / "checkpoint", more=more)
     for start in (0, 1):
-        job.wait(lambda start=start: job.restarts == start and processes(job), 120, "a start")
+        job.wait(lambda start=start: job.restarts == start and processes(job), 300, "a start")
         job.wait_for_steps(5 * (start + 1))
-        kill(processes(job)[-1])
+        os.kill(processes(job)[-1], signal.SIGKILL)
     assert job.wait_for_end() == "FAILED"
     assert job.restarts == 1
     assert "requeue 1 of at most 1" in job.log()
