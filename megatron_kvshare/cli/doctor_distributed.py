@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -117,9 +118,12 @@ def _network(config: PreflightConfig, call: RollCall) -> list[dict[str, Any]]:
     Measured in a thread, since a rank that is stuck in a collective could not say so.
     """
     mine: dict[str, Any] = {}
-    worker = threading.Thread(target=_measure, args=(config, mine), daemon=True)
-    worker.start()
-    worker.join(config.timeout_seconds)
+    worker = threading.Thread(target=_try, args=(_all_reduce, config, mine), daemon=True)
+    # Imported before time is taken: a slow file system is not a broken network.
+    _try(_load_megatron, config, mine)
+    if not mine:
+        worker.start()
+        worker.join(config.timeout_seconds)
     answer = mine or {"fault": f"no end within {config.timeout_seconds:g} s"}
     try:
         return call.settle("network", answer, _broken_network)
@@ -135,15 +139,26 @@ def _network(config: PreflightConfig, call: RollCall) -> list[dict[str, Any]]:
         raise
 
 
-def _measure(config: PreflightConfig, answer: dict[str, Any]) -> None:
+def _try(
+    work: Callable[[PreflightConfig], dict[str, Any]],
+    config: PreflightConfig,
+    answer: dict[str, Any],
+) -> None:
+    """Add what ``work`` returns to ``answer``, or a ``fault`` in words."""
     try:
-        answer |= _all_reduce(config)
+        answer |= work(config)
     except Exception as error:  # whatever a network or a driver comes up with is the answer
         first_line = next(iter(str(error).splitlines()), "")
         answer["fault"] = f"{type(error).__name__}: {first_line}"
 
 
+def _load_megatron(_: PreflightConfig) -> dict[str, Any]:
+    importlib.import_module("megatron_kvshare.megatron_api.parallel")
+    return {}
+
+
 def _all_reduce(config: PreflightConfig) -> dict[str, Any]:
+    """``bytes``, ``seconds`` and ``backend`` of an all-reduce over the job."""
     import torch
     import torch.distributed as dist
 

@@ -30,7 +30,7 @@ class PreflightConfig:
     """Folder the job will save to: every node must see it and be able to write there."""
     save_bytes: Index = 0
     """Bytes that must be free at --save, for example the size of the checkpoints to be kept."""
-    timeout_seconds: Positive = 120
+    timeout_seconds: Positive = 180
     """Longest wait for the slowest process, and for the network; who is missing then is told."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """As in `kvshare pretrain`: auto takes NCCL when a GPU is there."""

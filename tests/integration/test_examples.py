@@ -16,7 +16,7 @@ from tests.integration.conftest import ROOT, Workspace
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("pretrain_*.sh"))
 SCRIPTS = sorted(
     path
-    for pattern in ("examples/*.sh", "tools/*.sh", "tests/*.sh", "slurm/*.sbatch", ".ci/run")
+    for pattern in ("examples/*.sh", "tools/*.sh", "tests/**/*.sh", "slurm/*.sbatch", ".ci/run")
     for path in ROOT.glob(pattern)
 )
 # What a map must look like at the 8 layers of the small model, and at full size.
