@@ -32,7 +32,7 @@ LAUNCHER="${LAUNCHER:-torchrun}"
 NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-0}}" TP="${TP:-1}" PP="${PP:-1}" VPP="${VPP:-1}"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-say() { if [[ "${RANK:-0}" -eq 0 ]]; then echo "launch: $*" >&2; fi; }
+say() { if [[ "${RANK:-$NODE_RANK}" -eq 0 ]]; then echo "launch: $*" >&2; fi; }
 fail() { echo "launch error: $*" >&2; exit 2; }
 
 # SLURM signals every process of a job step. The trainer saves and stops at USR1; whatever else is on the way to it,
