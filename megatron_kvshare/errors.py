@@ -90,3 +90,14 @@ class LostError(KVShareError):
 
     title = "lost ranks"
     exit_code = EXIT_LOST
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Ranks in a message: ``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in parts)

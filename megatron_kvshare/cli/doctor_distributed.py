@@ -17,9 +17,9 @@ from typing import Any
 from megatron_kvshare import __version__
 from megatron_kvshare.cli import preflight_facts as known
 from megatron_kvshare.cli.preflight_facts import Facts, size
-from megatron_kvshare.cli.roll_call import RollCall, runs
+from megatron_kvshare.cli.roll_call import RollCall
 from megatron_kvshare.config.preflight import PreflightConfig, parse_preflight
-from megatron_kvshare.errors import ConfigError, Fault, KVShareError, LostError
+from megatron_kvshare.errors import ConfigError, Fault, KVShareError, LostError, runs
 
 _GPU_BYTES, _CPU_BYTES = 256 * 2**20, 4 * 2**20
 """Summed over all ranks: enough for a network to show its bandwidth, quickly."""

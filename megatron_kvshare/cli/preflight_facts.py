@@ -17,9 +17,8 @@ import torch
 
 import megatron_kvshare
 from megatron_kvshare.cli.doctor_checks import REQUIRED, SETUP, installed_version
-from megatron_kvshare.cli.roll_call import runs
 from megatron_kvshare.config.preflight import PreflightConfig
-from megatron_kvshare.errors import Fault
+from megatron_kvshare.errors import Fault, runs
 
 _SHOWN_HOSTS = 4
 _SHOWN_FILES = 3

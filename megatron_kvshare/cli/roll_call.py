@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
-from megatron_kvshare.errors import Fault, KVShareError, LostError
+from megatron_kvshare.errors import Fault, KVShareError, LostError, runs
 
 Judge = Callable[[Sequence[Any]], KVShareError | None]
 """From the answers of all ranks to what is wrong with them."""
@@ -155,14 +155,3 @@ def _no_first_rank(rank: int, where: str, timeout_seconds: float) -> LostError:
     rule = f"the first rank did not answer rank {rank} there within {timeout_seconds:g} s"
     fix = "see that MASTER_ADDR is the first node, that rank 0 runs there, and that no firewall is"
     return LostError(Fault("MASTER_ADDR, MASTER_PORT", where, rule, f"{fix} between the nodes"))
-
-
-def runs(numbers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in parts)

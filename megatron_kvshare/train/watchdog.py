@@ -22,20 +22,13 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron_kvshare.errors import EXIT_LOST, Fault, KVShareError
+from megatron_kvshare.errors import EXIT_LOST, Fault, LostError, runs
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
 from megatron_kvshare.train.pulse import Pulse
 
 _STORE_PATIENCE = 5.0
 _LONGEST_INTERVAL = 5.0
 """Seconds between two signs of life, shorter where the limit is short."""
-
-
-class RankLost(KVShareError):
-    """A rank died or hangs."""
-
-    title = "rank lost"
-    exit_code = EXIT_LOST
 
 
 class Sign(NamedTuple):
@@ -60,7 +53,7 @@ def watched(pulse: Pulse, state: ParallelState, limit: float) -> Iterator[None]:
     can leave a collective.
 
     Raises:
-        RankLost: communication broke because a rank has died; on the lowest rank that lives.
+        LostError: communication broke because a rank has died; on the lowest rank that lives.
         SystemExit: the same, on the others.
     """
     watchdog = _Watchdog(pulse, state, limit)
@@ -113,7 +106,7 @@ class _Watchdog(threading.Thread):
             return
         if self._speaker(lost) != self._state.rank:
             raise SystemExit(EXIT_LOST)
-        raise RankLost(self._fault(report(before, after), str(error).splitlines()[0])) from None
+        raise LostError(self._fault(report(before, after), str(error).splitlines()[0])) from None
 
     def _give_sign(self) -> None:
         self._count += 1
@@ -128,7 +121,7 @@ class _Watchdog(threading.Thread):
         if self._speaker(silent(before, after)) == self._state.rank:
             why = f"nothing has moved for {self._limit:.0f} s (--distributed-timeout-minutes)"
             fault = self._fault(report(before, after), why)
-            print(RankLost(fault), file=sys.stderr)
+            print(LostError(fault), file=sys.stderr)
         print(f"[rank {self._state.rank}] is here:\n{main_stack()}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(EXIT_LOST)
@@ -199,7 +192,7 @@ def report(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> list[
             places.setdefault((sign.step, sign.place), []).append(rank)
     for _, place in sorted(places):
         ranks = places[next(key for key in places if key[1] == place)]
-        lines.append(f"{_ranks_text(ranks)} in {place}")
+        lines.append(f"{'ranks' if ranks[1:] else 'rank'} {runs(ranks)} in {place}")
     return lines
 
 
@@ -210,13 +203,6 @@ def _lost_line(rank: int, sign: Sign | None) -> str:
         f"rank {rank} (process {sign.pid} on {sign.host}) gives no sign of life, it was last seen"
         f" in {sign.place}"
     )
-
-
-def _ranks_text(ranks: Sequence[int], most: int = 8) -> str:
-    text = ", ".join(map(str, ranks[:most])) + (
-        f" and {len(ranks) - most} more" if ranks[most:] else ""
-    )
-    return f"rank {text} is" if len(ranks) == 1 else f"ranks {text} are"
 
 
 def main_stack() -> str:

@@ -21,7 +21,7 @@ def test_a_killed_rank_is_named_by_the_others(tmp_path: Path) -> None:
         assert ranks.wait() == [EXIT_LOST, -signal.SIGKILL]
         output = ranks.output(0)
     process = ranks.processes[1].pid
-    assert "rank lost: step " in output and f"rank 1 (process {process} on " in output
+    assert "lost ranks: step " in output and f"rank 1 (process {process} on " in output
     assert "Traceback" not in output
 
 

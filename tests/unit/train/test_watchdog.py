@@ -16,7 +16,7 @@ def test_a_rank_whose_count_stands_still_is_lost() -> None:
         "rank 1 (process 7 on node) gives no sign of life, it was last seen in step 5, forward and"
         " backward",
         "rank 3 gives no sign of life",
-        "ranks 0, 2 are in step 5, forward and backward",
+        "ranks 0, 2 in step 5, forward and backward",
     ]
 
 
@@ -24,10 +24,10 @@ def test_a_rank_that_comes_late_is_not_lost() -> None:
     assert silent([None, sign(1)], [sign(1), sign(2)]) == []
 
 
-def test_those_that_are_behind_come_first_and_many_are_counted() -> None:
+def test_those_that_are_behind_come_first_and_ranks_in_a_row_are_short() -> None:
     before = [sign(1) for _ in range(12)]
     after = [sign(2) for _ in range(11)] + [sign(2, 4, "saving")]
     assert report(before, after) == [
-        "rank 11 is in step 4, saving",
-        "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 3 more are in step 5, forward and backward",
+        "rank 11 in step 4, saving",
+        "ranks 0-10 in step 5, forward and backward",
     ]
