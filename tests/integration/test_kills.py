@@ -25,7 +25,7 @@ FLAGS = [
     *("--use-distributed-optimizer", "--eval-interval", str(STEPS)),
 ]
 MAPS = {
-    "standard": ["--kv-pattern", "standard"],
+    "standard": ["--kv-pattern", "standard", "--kv-layers", "4"],
     "bottom": ["--kv-pattern", "pizza-bottom", "--kv-layers", "2"],
     "cyclic": ["--kv-pattern", "sandwich-top", "--kv-layers", "3"],
 }
@@ -78,7 +78,7 @@ def test_killed_at_random_points(world: World, tmp_path: Path, name: str) -> Non
 
 @pytest.mark.nightly
 def test_torchrun_starts_a_killed_worker_again(world: World, tmp_path: Path) -> None:
-    run(world, TWO, tmp_path / "whole.jsonl", *FLAGS)
+    run(world, TWO, tmp_path / "whole.jsonl", *FLAGS, "--save", tmp_path / "whole")
     metrics, save, output = tmp_path / "m.jsonl", tmp_path / "save", tmp_path / "log"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc_per_node", "2", "--max-restarts", "1", "-m", "megatron_kvshare"]
