@@ -95,7 +95,7 @@ def write_checkpoint(
         marked = replace(manifest, files=mark_files(aside, state, group))
         _on_first_rank(lambda: _complete(marked, aside, target), state, group)
         warnings = _on_first_rank(lambda: remove_superseded(root, step, keep), state, group)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:  # not what communication raises: that is a lost rank
         if state.is_first:
             folders.discard(target)
         fix = "free space or permissions there, or choose another --save folder"

@@ -48,7 +48,7 @@ def write_parts(parts: Sequence[Part], folder: Path, group: dist.ProcessGroup | 
     Every element of every tensor must be written by exactly one rank; torch checks that.
 
     Raises:
-        OSError, RuntimeError: on every rank, if it fails on one.
+        OSError: on every rank, if it fails on one.
     """
     try:
         torch_checkpoint.save(
@@ -58,7 +58,7 @@ def write_parts(parts: Sequence[Part], folder: Path, group: dist.ProcessGroup | 
             process_group=group,
         )
     except CheckpointException as error:  # no Exception: a collection of what every rank met
-        raise RuntimeError(_first_reason(error)) from error
+        raise OSError(_first_reason(error)) from error
 
 
 def read_parts(parts: Sequence[Part], folder: Path, metadata: Metadata) -> None:

@@ -43,8 +43,9 @@ def wait_for_step(ranks: Ranks, step: int) -> None:
 
 
 def wait_for_save(ranks: Ranks, save: Path, step: int) -> Path:
+    wait_for_step(ranks, step)  # an earlier start may have left half a save
     aside = Path(f"{folders.iteration_folder(save, step)}.partial")
-    assert ranks.wait_until(aside.exists), ranks.output(0)
+    ranks.wait_until(lambda: aside.exists() or newest(save) >= step)
     return aside
 
 
