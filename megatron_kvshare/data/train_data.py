@@ -106,6 +106,8 @@ class TrainData:
             # The loader draws a seed when it starts; from its own generator, so that no other draw
             # moves.
             generator=torch.Generator(),
+            # Other ways import torch and megatron-core again in every loader: seconds of CPU.
+            multiprocessing_context="fork" if self._data.num_workers else None,
             worker_init_fn=_leave_stopping_to_the_trainer,
         )
         for fields in loader:

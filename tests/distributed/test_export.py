@@ -13,7 +13,7 @@ from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.huggingface.export import ExportJob, export
 from megatron_kvshare.huggingface.verify import verify
 from megatron_kvshare.model.parameters import gather_by_name
-from megatron_kvshare.train import setup
+from megatron_kvshare.train import saving, setup
 from megatron_kvshare.train.step import train_step
 from tests.distributed.jobs import Case, stages
 from tests.distributed.world import Layout, World
@@ -42,7 +42,7 @@ def save(state, layout: Layout, case: Case, folder: str, steps: int):
     batches = run.data.train_batches(0)
     for step in range(steps):
         train_step(run, batches, step)
-    setup.save(run)
+    saving.save(run, last=True)
     return gather_by_name(stages(run), state)
 
 

@@ -72,5 +72,5 @@ def format_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     two data-parallel ranks, after three of six steps."""
     root = tmp_path_factory.mktemp("format_4")
     with tarfile.open(Path(__file__).with_name("format_4.tar.xz")) as packed:
-        packed.extractall(root, filter="data")
+        packed.extractall(root)
     return root

@@ -38,7 +38,7 @@ def files(root: Path) -> dict[str, bytes]:
     ("layout", "flags"),
     [
         (TWO, [*DISTRIBUTED, "--overlap-grad-reduce", "--overlap-param-gather"]),
-        (Layout(pipeline=2), ["--bf16"]),
+        pytest.param(Layout(pipeline=2), ["--bf16"], marks=pytest.mark.nightly),
         pytest.param(Layout(tensor=2, pipeline=2), ["--bf16"], marks=pytest.mark.nightly),
         pytest.param(Layout(pipeline=2, virtual=2), DISTRIBUTED, marks=pytest.mark.nightly),
         pytest.param(Layout(tensor=2, data=2), DISTRIBUTED, marks=pytest.mark.nightly),
@@ -108,6 +108,7 @@ def kept(root: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("iter_")) for path in root.glob("iter_*"))
 
 
+@pytest.mark.nightly
 @HOW
 def test_killed_while_writing(world: World, tmp_path: Path, beside: bool) -> None:
     flags = ["--save", str(tmp_path), "--save-interval", "2", *["--async-save"] * beside]

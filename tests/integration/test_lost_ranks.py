@@ -13,6 +13,7 @@ from tests.integration.ranks import lines_of, started
 LONG = ["--train-iters", "100000", "--eval-interval", "100000"]
 
 
+@pytest.mark.nightly
 def test_a_killed_rank_is_named_by_the_others(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
     with started(tmp_path, 2, [*LONG, "--metrics-file", str(metrics)]) as ranks:

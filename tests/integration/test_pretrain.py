@@ -96,7 +96,13 @@ def test_layouts_agree(
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(tensor=2), Layout(pipeline=2), Layout(pipeline=2, virtual=2)], ids=str
+    "layout",
+    [
+        Layout(pipeline=2, virtual=2),
+        pytest.param(Layout(tensor=2), marks=pytest.mark.nightly),
+        pytest.param(Layout(pipeline=2), marks=pytest.mark.nightly),
+    ],
+    ids=str,
 )
 def test_weights_load_on_another_layout(
     world: World, trained: Path, tmp_path: Path, layout: Layout
