@@ -6,7 +6,6 @@ single rank sees is voted on.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_kvshare.config import TrainConfig
 from megatron_kvshare.errors import Fault, TrainingError
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.train.run import Bad, Run, StepResult
+from megatron_kvshare.train.sinks import append_line
 
 SPIKE_WINDOW = 100
 """A loss is compared with the mean of this many before it."""
@@ -116,5 +116,4 @@ def write_down(run: Run, result: StepResult) -> None:
     if run.config.checkpoint.save is not None:
         folder = Path(run.config.checkpoint.save)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / SKIPPED_BATCHES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(folder / SKIPPED_BATCHES, record)

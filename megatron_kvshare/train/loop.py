@@ -18,7 +18,7 @@ from megatron_kvshare.train.together import together
 def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
     """Train up to ``train_iters``, or until ``wish``; returns the loss of the final evaluation.
 
-    None where there is none: evaluation is off, or the run was stopped between two.
+    None where there is none: evaluation is off, or the run was stopped by ``wish``.
 
     Raises:
         TrainingError: too many bad steps, or one where the policy is to stop; it is saved before.
@@ -52,7 +52,7 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
                 raise error
         if last or stop:
             run.stopped_by = _stopped_by(run, result)
-            return valid_loss
+            return None if stop else valid_loss
     # A run that was resumed with nothing left to train.
     return evaluate(run).loss if train.eval_iters else None
 

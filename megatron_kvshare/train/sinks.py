@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,10 +93,11 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int) -> None:
         """``step``: the last one that stays."""
+        self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _set_aside(path, step)
-            self._file = path.open("a", encoding="utf-8")
+            path.touch()
         except OSError as error:
             fix = "give a file in a folder you can write to"
             rule = f"it cannot be written: {error.strerror}"
@@ -103,11 +105,20 @@ class JsonLines:
 
     def write(self, record: Record) -> None:
         values = {name: value if _is_plain(value) else None for name, value in record.items()}
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        append_line(self._path, values)
 
     def close(self) -> None:
-        self._file.close()
+        """Nothing to close: every line is written at once."""
+
+
+def append_line(path: Path, values: Record) -> None:
+    """Add ``values`` as a line of JSON; a full disk costs the line and a warning, not the run."""
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write((json.dumps(values) + "\n").encode())
+    except OSError as error:
+        text = f"warning: {path} cannot be written: {error.strerror}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _is_plain(value: Any) -> bool:
