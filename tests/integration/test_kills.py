@@ -20,10 +20,8 @@ from tests.integration.ranks import Ranks, started
 from tests.integration.test_pretrain import TWO, losses, run
 
 STEPS, INTERVAL = 400, 10
-FLAGS = [
-    *("--train-iters", str(STEPS), "--save-interval", str(INTERVAL), "--resume", "auto"),
-    *("--use-distributed-optimizer", "--eval-interval", str(STEPS)),
-]
+LENGTH = ["--train-iters", str(STEPS), "--eval-interval", str(STEPS), "--use-distributed-optimizer"]
+SAVING = ["--save-interval", str(INTERVAL), "--resume", "auto"]
 MAPS = {
     "standard": ["--kv-pattern", "standard", "--kv-layers", "4"],
     "bottom": ["--kv-pattern", "pizza-bottom", "--kv-layers", "2"],
@@ -52,10 +50,10 @@ def wait_for_save(ranks: Ranks, save: Path, step: int) -> Path:
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", MAPS)
 def test_killed_at_random_points(world: World, tmp_path: Path, name: str) -> None:
-    flags = [*FLAGS, *MAPS[name]]
-    run(world, TWO, tmp_path / "whole.jsonl", *flags, "--save", tmp_path / "whole")
+    flags = [*LENGTH, *MAPS[name]]
+    run(world, TWO, tmp_path / "whole.jsonl", *flags)
     draw, save, metrics = random.Random(name), tmp_path / "save", tmp_path / "m.jsonl"
-    flags += ["--save", str(save), "--metrics-file", str(metrics)]
+    flags += [*SAVING, "--save", str(save), "--metrics-file", str(metrics)]
     during_a_save = 0
     for number in range(KILLS):
         before = newest(save)
@@ -79,11 +77,11 @@ def test_killed_at_random_points(world: World, tmp_path: Path, name: str) -> Non
 
 @pytest.mark.nightly
 def test_torchrun_starts_a_killed_worker_again(world: World, tmp_path: Path) -> None:
-    run(world, TWO, tmp_path / "whole.jsonl", *FLAGS, "--save", tmp_path / "whole")
+    run(world, TWO, tmp_path / "whole.jsonl", *LENGTH)
     metrics, save, output = tmp_path / "m.jsonl", tmp_path / "save", tmp_path / "log"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc_per_node", "2", "--max-restarts", "1", "-m", "megatron_kvshare"]
-    flags = [*SMALL, *FLAGS, "--save", str(save), "--metrics-file", str(metrics)]
+    flags = [*SMALL, *LENGTH, *SAVING, "--save", str(save), "--metrics-file", str(metrics)]
     with output.open("w") as log:
         job = subprocess.Popen([*launcher, "pretrain", *flags], stdout=log, stderr=log)
     try:
