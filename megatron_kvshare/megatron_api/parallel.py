@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_kvshare.megatron_api.platform import Platform, activate
 
@@ -64,7 +65,13 @@ def launcher_store(state: ParallelState) -> dist.Store | None:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT)
-    return dist.PrefixStore(f"kvshare/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore("kvshare", _of_this_start(store))
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    """``store`` without what ranks wrote before torchrun started them again: torch keeps the store
+    and would connect to processes that are gone."""
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _start_process_group(platform: Platform, timeout: timedelta) -> None:
@@ -74,7 +81,15 @@ def _start_process_group(platform: Platform, timeout: timedelta) -> None:
             platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     else:
-        dist.init_process_group(platform.backend, rank=rank, world_size=world_size, timeout=timeout)
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            platform.backend,
+            store=_of_this_start(store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
 
 
 def initialize(
