@@ -73,9 +73,7 @@ def chosen(settings: CheckpointConfig, state: ParallelState) -> CheckpointConfig
     if settings.save is None:
         return settings
     root = Path(settings.save)
-    found: list[Any] = [bool(folders.candidates(root).iterations) if state.is_first else None]
-    dist.broadcast_object_list(found, src=0)
-    if not found[0]:
+    if not _candidates(root, state).iterations:
         return settings
     if settings.resume == "auto":
         whole = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
@@ -99,9 +97,7 @@ def newest_sound(settings: CheckpointConfig, state: ParallelState) -> Newest:
     if settings.load is None:
         return Newest(None)
     root = Path(settings.load)
-    found: list[Any] = [folders.candidates(root) if state.is_first else None]
-    dist.broadcast_object_list(found, src=0)
-    iterations, complaint = found[0]
+    iterations, complaint = _candidates(root, state)
     damaged = [] if complaint is None else [complaint]
     for iteration in iterations:
         folder = folders.iteration_folder(root, iteration)
@@ -119,6 +115,13 @@ def newest_sound(settings: CheckpointConfig, state: ParallelState) -> Newest:
         fix = "restore one from a backup, or start fresh with another --save folder"
         raise CheckpointError(Fault("--load", settings.load, rule, fix))
     return Newest(None)
+
+
+def _candidates(root: Path, state: ParallelState) -> folders.Candidates:
+    """What the first rank sees, for all: file systems may show them different things."""
+    found: list[Any] = [folders.candidates(root) if state.is_first else None]
+    dist.broadcast_object_list(found, src=0)
+    return folders.Candidates(*found[0])
 
 
 def find_checkpoint(

@@ -188,8 +188,8 @@ def data_changes(stored: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """
     return [
         f"{name} was {_data_text(stored[name])}, now {_data_text(run[name])}"
-        for name in stored.keys() & run.keys()
-        if _contents(stored[name]) != _contents(run[name])
+        for name in stored
+        if name in run and _contents(stored[name]) != _contents(run[name])
     ]
 
 

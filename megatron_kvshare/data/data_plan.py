@@ -95,12 +95,16 @@ class DataPlan:
         """Parts the run reads."""
         return self.request.parts
 
+    def rows_of(self, part: Part) -> list[PlanRow]:
+        """The sources of one part."""
+        return [row for row in self.rows if row.part is part]
+
     @property
     def identity(self) -> dict[str, Any]:
         """What decides which tokens every step reads, whatever the length of the run or its batch;
         plain data, to be stored in checkpoints."""
         sources: dict[str, Any] = {
-            part.name: [row.identity for row in self.rows if row.part is part]
+            part.name: [row.identity for row in self.rows_of(part)]
             for part in self.parts
             if self.rows
         }

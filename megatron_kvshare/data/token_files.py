@@ -11,6 +11,7 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy
@@ -40,7 +41,7 @@ class TokenFiles:
         """Documents in the files."""
         return int(self.lengths.size)
 
-    @property
+    @cached_property  # of each part of the data, and it reads up to 64 MB
     def fingerprint(self) -> str:
         """Short name of the content: changes with the length of any document and with any token, in
         large files with any token of 64 evenly spaced blocks."""

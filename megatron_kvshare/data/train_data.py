@@ -95,7 +95,7 @@ class TrainData:
     def source_of(self, sample: int) -> tuple[str, int]:
         """Where training sample ``sample`` comes from: prefix of the data, and its number there."""
         source, number = self._streams[Part.train].locate(sample)
-        rows = [row for row in self.plan.rows if row.part is Part.train]
+        rows = self.plan.rows_of(Part.train)
         return (rows[source].source if rows else "mock data"), number
 
     def _batches(self, part: Part, indices: Iterator[list[int]]) -> Iterator[Batch]:

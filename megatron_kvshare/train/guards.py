@@ -7,7 +7,6 @@ single rank sees is voted on.
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from megatron_kvshare.errors import Fault, TrainingError
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.train.run import Bad, Run, StepResult
 from megatron_kvshare.train.sinks import append_line
+from megatron_kvshare.train.together import warn
 
 SPIKE_WINDOW = 100
 """A loss is compared with the mean of this many before it."""
@@ -107,11 +107,10 @@ def write_down(run: Run, result: StepResult) -> None:
         "samples": [first, last],
         "sources": [run.data.source_of(sample) for sample in range(first, last + 1)],
     }
-    print(
-        f"warning: step {progress.step} was skipped ({result.skipped}: loss {result.loss:.4g},"
+    warn(
+        run.state,
+        f"step {progress.step} was skipped ({result.skipped}: loss {result.loss:.4g},"
         f" gradient norm {result.grad_norm:.4g}): samples {first} to {last}",
-        file=sys.stderr,
-        flush=True,
     )
     if run.config.checkpoint.save is not None:
         folder = Path(run.config.checkpoint.save)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 from megatron_kvshare.config.shape import recipe
@@ -12,7 +11,7 @@ from megatron_kvshare.train.run import Orders, Run, StepResult
 from megatron_kvshare.train.saving import save, settle
 from megatron_kvshare.train.step import evaluate, train_step
 from megatron_kvshare.train.stopping import StopWish, reason
-from megatron_kvshare.train.together import together
+from megatron_kvshare.train.together import together, warn
 
 
 def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
@@ -90,15 +89,14 @@ def _stopped_by(run: Run, result: StepResult) -> str:
 def warn_of_gap(run: Run, gap: float | None) -> None:
     """Say it when decoding, which is exact, does not compute what training does."""
     limit = run.config.sharing.kv_gap_warning
-    if gap is None or abs(gap) <= limit or not run.state.is_first:
+    if gap is None or abs(gap) <= limit:
         return
     passes = recipe(run.config.sharing).forward_passes
-    print(
-        f"warning: the exact loss, which decoding has, is {gap:+.4f} from the loss after this run's"
+    warn(
+        run.state,
+        f"the exact loss, which decoding has, is {gap:+.4f} from the loss after this run's"
         f" passes (--kv-gap-warning {limit:g}). Raise --kv-forward-passes above {passes}, or use"
         " --kv-recipe fast or paper.",
-        file=sys.stderr,
-        flush=True,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +15,8 @@ from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.megatron_api.optimizer import gathered_parameters
 from megatron_kvshare.train.run import Run
-from megatron_kvshare.train.setup import run_identity, warn
-from megatron_kvshare.train.together import together
+from megatron_kvshare.train.setup import run_identity
+from megatron_kvshare.train.together import together, warn
 
 _TOLERATED = 1
 """Saves in a row that may fail: a file system may have a bad moment, but not for ever."""
@@ -67,15 +66,13 @@ def _failures(run: Run, last: bool) -> Iterator[None]:
         if last or run.failed_saves > _TOLERATED:
             with together(run.state):
                 raise
-        if run.state.is_first:
-            text = f"warning: training goes on and saves again when it is due. {error}"
-            print(text, file=sys.stderr, flush=True)
+        warn(run.state, f"training goes on and saves again when it is due. {error}")
 
 
 def _note(run: Run, written: Written | None) -> None:
     if written is not None:
         run.saved, run.failed_saves = written.folder, 0
-        warn(run.state, written.warnings)
+        warn(run.state, *written.warnings)
 
 
 def _manifest(run: Run) -> Manifest:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +41,7 @@ from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.train.run import Run
-from megatron_kvshare.train.together import together
+from megatron_kvshare.train.together import together, warn
 
 
 def data_request(
@@ -81,7 +79,7 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
             iteration,
         )
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
-    warn(state, [f"--data-change-ok: {change}" for change in changes])
+    warn(state, *(f"--data-change-ok: {change}" for change in changes))
     plan = execution_plan(config.model, config.sharing)
     shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)
     cut = placement(config.model, config.sharing, config.parallel)
@@ -125,15 +123,8 @@ def _newest_iteration(settings: CheckpointConfig, state: ParallelState) -> int |
     """The checkpoint to continue from, None without one; says which are damaged."""
     with together(state):
         newest = newest_sound(settings, state)
-    warn(state, newest.warnings)
+    warn(state, *newest.warnings)
     return newest.iteration
-
-
-def warn(state: ParallelState, warnings: Sequence[str]) -> None:
-    """Tell the user, once."""
-    if state.is_first:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _open_data(

@@ -130,11 +130,12 @@ def _set_aside(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    stay = [line for line in lines if _step_of(line) <= step]
+    steps = [_step_of(line) for line in lines]
+    stay = [line for line, at in zip(lines, steps, strict=True) if at <= step]
     if len(stay) == len(lines):
         return
     with path.with_name(path.name + ".replaced").open("a", encoding="utf-8") as file:
-        file.writelines(line for line in lines if _step_of(line) > step)
+        file.writelines(line for line, at in zip(lines, steps, strict=True) if at > step)
     draft = path.with_name(path.name + ".partial")
     draft.write_text("".join(stay), encoding="utf-8")
     draft.replace(path)

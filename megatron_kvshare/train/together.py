@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from megatron_kvshare.errors import EXIT_USER_ERROR, KVShareError
@@ -30,3 +31,10 @@ def together(state: ParallelState) -> Iterator[None]:
     if error is not None and failed.index(True) == state.rank:
         raise error
     raise SystemExit(EXIT_USER_ERROR)
+
+
+def warn(state: ParallelState, *warnings: str) -> None:
+    """Tell the user, once for all ranks."""
+    if state.is_first:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)

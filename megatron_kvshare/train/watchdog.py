@@ -27,6 +27,7 @@ from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
 from megatron_kvshare.train.pulse import Pulse
 
 _STORE_PATIENCE = 5.0
+"""Seconds after which a store that does not answer counts as gone."""
 _LONGEST_INTERVAL = 5.0
 """Seconds between two signs of life, shorter where the limit is short."""
 
@@ -110,11 +111,13 @@ class _Watchdog(threading.Thread):
 
     def _give_sign(self) -> None:
         self._count += 1
-        now = self._pulse.now
-        sign = Sign(self._count, now.step, now.what, socket.gethostname(), os.getpid())
         if self._store is not None:
-            write = partial(self._store.set, str(self._state.rank), json.dumps(sign))
+            write = partial(self._store.set, str(self._state.rank), json.dumps(self._sign()))
             in_time(write, _STORE_PATIENCE)
+
+    def _sign(self) -> Sign:
+        now = self._pulse.now
+        return Sign(self._count, now.step, now.what, socket.gethostname(), os.getpid())
 
     def _end_hang(self) -> None:
         before, after = self._two_looks()
@@ -144,12 +147,10 @@ class _Watchdog(threading.Thread):
         return before, self._look()
 
     def _look(self) -> list[Sign | None]:
-        ranks = range(self._state.world_size)
-        if self._store is None:
-            now = self._pulse.now
-            return [Sign(self._count, now.step, now.what, socket.gethostname(), os.getpid())]
-        read = partial(lambda store: [read_sign(store, rank) for rank in ranks], self._store)
-        found = in_time(read, _STORE_PATIENCE)
+        store, ranks = self._store, range(self._state.world_size)
+        if store is None:
+            return [self._sign()]
+        found = in_time(lambda: [read_sign(store, rank) for rank in ranks], _STORE_PATIENCE)
         if found is None:  # the store is gone, and with it the first rank's host
             return [None if rank == 0 else Sign(self._count, 0, "", "", 0) for rank in ranks]
         return found
@@ -190,8 +191,7 @@ def report(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> list[
     for rank, sign in enumerate(after):
         if rank not in lost and sign is not None and sign.what:
             places.setdefault((sign.step, sign.place), []).append(rank)
-    for _, place in sorted(places):
-        ranks = places[next(key for key in places if key[1] == place)]
+    for (_, place), ranks in sorted(places.items()):
         lines.append(f"{'ranks' if ranks[1:] else 'rank'} {runs(ranks)} in {place}")
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import multiprocessing
 import shlex
@@ -35,6 +36,13 @@ SMALL = shlex.split(
     " --kv-layers 3 --train-iters 6 --micro-batch-size 2 --global-batch-size 8 --lr 1e-2"
     " --eval-iters 1 --eval-interval 4 --log-interval 1 --peak-tflops 1"
 )
+
+MAPS = {
+    "standard": ["--kv-pattern", "standard", "--kv-layers", "4"],
+    "bottom": ["--kv-pattern", "pizza-bottom", "--kv-layers", "2"],
+    "cyclic": [],
+}
+"""One of each kind, as flags after those of `SMALL`."""
 
 
 class Accident(NamedTuple):
@@ -140,3 +148,13 @@ def happening(rank: int, accident: Accident | None) -> Any:
 def set_latest(root: Path, iteration: int) -> None:
     """Make ``iteration`` the checkpoint that the next run continues from."""
     (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def records(path: Path) -> list[Record]:
+    """The lines of a metrics file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(path: Path) -> dict[int, float]:
+    """Of every logged step."""
+    return {each["step"]: each["loss"] for each in records(path) if "loss" in each}

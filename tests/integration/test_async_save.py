@@ -12,9 +12,8 @@ import pytest
 from megatron_kvshare.checkpoint.folder import latest_iteration
 from megatron_kvshare.checkpoint.manifest import MANIFEST
 from tests.distributed.world import Layout, World
-from tests.integration.pretrain_jobs import SMALL, run_pretrain
+from tests.integration.pretrain_jobs import SMALL, losses, run_pretrain
 from tests.integration.saving_jobs import run_on_a_small_disk, train_on_while_saving
-from tests.integration.test_resharding import losses
 
 TWO = Layout(data=2)
 DISTRIBUTED = ["--use-distributed-optimizer"]

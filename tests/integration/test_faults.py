@@ -10,8 +10,8 @@ import pytest
 
 from megatron_kvshare.train.guards import SKIPPED_BATCHES
 from tests.distributed.world import World
-from tests.integration.pretrain_jobs import Accident, set_latest
-from tests.integration.test_pretrain import ONE, TWO, losses, records, run
+from tests.integration.pretrain_jobs import Accident, losses, records, set_latest
+from tests.integration.test_pretrain import ONE, TWO, run
 
 AUTO = ("--resume", "auto")
 

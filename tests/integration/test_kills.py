@@ -15,18 +15,13 @@ import pytest
 
 from megatron_kvshare.checkpoint import folder as folders
 from tests.distributed.world import World
-from tests.integration.pretrain_jobs import SMALL
+from tests.integration.pretrain_jobs import MAPS, SMALL, losses
 from tests.integration.ranks import Ranks, started
-from tests.integration.test_pretrain import TWO, losses, run
+from tests.integration.test_pretrain import TWO, run
 
 STEPS, INTERVAL = 400, 10
 LENGTH = ["--train-iters", str(STEPS), "--eval-interval", str(STEPS), "--use-distributed-optimizer"]
 SAVING = ["--save-interval", str(INTERVAL), "--resume", "auto"]
-MAPS = {
-    "standard": ["--kv-pattern", "standard", "--kv-layers", "4"],
-    "bottom": ["--kv-pattern", "pizza-bottom", "--kv-layers", "2"],
-    "cyclic": ["--kv-pattern", "sandwich-top", "--kv-layers", "3"],
-}
 KILLS = 8
 """Of each map: 24 in all."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,17 +11,17 @@ import pytest
 
 from megatron_kvshare.cli.main import main
 from tests.distributed.world import Layout, World
-from tests.integration.pretrain_jobs import SMALL, Accident, Outcome, run_pretrain, set_latest
+from tests.integration.pretrain_jobs import (
+    SMALL,
+    Accident,
+    Outcome,
+    losses,
+    records,
+    run_pretrain,
+    set_latest,
+)
 
 ONE, TWO = Layout(), Layout(data=2)
-
-
-def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def losses(path: Path) -> dict[int, float]:
-    return {each["step"]: each["loss"] for each in records(path) if "loss" in each}
 
 
 def run(

@@ -17,13 +17,14 @@ import torch
 from megatron_kvshare.checkpoint.parts import OPTIMIZER, RANDOM_STATE, UPDATES
 from megatron_kvshare.checkpoint.tensors import NativeTensors
 from tests.distributed.world import Layout, World
-from tests.integration.pretrain_jobs import run_pretrain, save_again_and_go_on, set_latest
+from tests.integration.pretrain_jobs import (
+    MAPS,
+    losses,
+    run_pretrain,
+    save_again_and_go_on,
+    set_latest,
+)
 
-MAPS = {
-    "standard": ["--kv-pattern", "standard", "--kv-layers", "4"],
-    "bottom": ["--kv-pattern", "pizza-bottom", "--kv-layers", "2"],
-    "cyclic": [],
-}
 VOCABULARY = ["--vocab-size", "101"]
 """Odd: padded otherwise on every layout."""
 
@@ -70,13 +71,6 @@ def source(world: World, tmp_path_factory: pytest.TempPathFactory) -> Source:
         return made[name, side]
 
     return get
-
-
-def losses(path: Path) -> dict[int, float]:
-    import json
-
-    lines = map(json.loads, path.read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def go_on(world: World, found: Saved, name: str, side: Side, folder: Path) -> Saved:
