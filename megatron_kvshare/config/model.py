@@ -122,8 +122,9 @@ class SharingConfig:
     """Sliding-window width in tokens for the layers marked s; the token itself counts."""
     kv_recipe: Literal["paper", "fast", "cheapest"] | None = None
     """How cyclic maps are computed, by name: paper is jacobi(7,2), fast strided(4;1,1) with
-    projection at use, cheapest strided(4;0,1) from input; the flags below change single parts of
-    it. Left out: paper, changed by the flags below."""
+    projection at use, cheapest strided(4;0,1) from input; the next six flags change single parts
+    of it. Left out: cheapest; paper with --kv-forward-passes, --kv-backward-passes or --kv-solver
+    jacobi."""
     kv_solver: Literal["jacobi", "strided"] | None = None
     """jacobi: every token reads the pass before; strided: a pass visits interleaved token subsets
     one after another, and each reads what the earlier ones have refreshed."""

@@ -7,6 +7,7 @@ from megatron_kvshare.config.rules_model import sharing_map
 from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import (
+    DEFAULT_RECIPE,
     RECIPES,
     Recipe,
     Solver,
@@ -36,7 +37,7 @@ def model_shape(model: ModelConfig, vocab_size: int, window_size: int | None = N
 
 def recipe(sharing: SharingConfig) -> Recipe:
     """How cyclic groups are computed. Raises :class:`MapError`."""
-    named = RECIPES[sharing.kv_recipe or "paper"]
+    named = RECIPES[sharing.kv_recipe or _usual_recipe(sharing)]
     solver = Solver(sharing.kv_solver or named.solver)
     usual = named.stride if solver is named.solver else _USUAL_STRIDE[solver]
     forward, backward = sharing.kv_forward_passes, sharing.kv_backward_passes
@@ -48,6 +49,14 @@ def recipe(sharing: SharingConfig) -> Recipe:
         start=Start(sharing.kv_start or named.start),
         project_at_use=sharing.kv_project_at_use or named.project_at_use,
     )
+
+
+def _usual_recipe(sharing: SharingConfig) -> str:
+    """The default, or the published passes for who writes them as the method's users do:
+    ``--kv-forward-passes 7 --kv-backward-passes 2``, or ``--kv-solver jacobi``."""
+    passes = (sharing.kv_forward_passes, sharing.kv_backward_passes)
+    published = sharing.kv_solver == Solver.JACOBI or any(number is not None for number in passes)
+    return "paper" if published else DEFAULT_RECIPE
 
 
 def execution_plan(model: ModelConfig, sharing: SharingConfig) -> ExecutionPlan:

@@ -62,18 +62,20 @@ def passes_text(plan: ExecutionPlan) -> str:
     sweeps = plan.groups[0].sweeps
     gradient = sum(sweep.gradient for sweep in sweeps)
     count = len(sweeps) - gradient
-    without = f"{count} pass{'es' * (count != 1)} without gradient, then {gradient} with"
+    passes = f"{gradient} pass{'es' * (gradient != 1)} with gradient"
+    if count:
+        passes = f"{count} pass{'es' * (count != 1)} without gradient, then {gradient} with"
     limits = [sweep.skip_below for sweep in sweeps if sweep.skip_below is not None]
     if limits:
-        without = f"up to {without}; one is left out at a KV residual of {limits[0]:g}"
-    return f"{which}: layers {spans}. {without}; {_who_reads_what(sweeps[-1])}."
+        passes = f"up to {passes}; one is left out at a KV residual of {limits[0]:g}"
+    return f"{which}: layers {spans}. {passes}; {_who_reads_what(sweeps[-1])}."
 
 
 def _who_reads_what(sweep: Sweep) -> str:
     if sweep.stride == 1:
         return "upward layers read the keys and values of the pass before"
     return (
-        f"each visits the tokens in {sweep.stride} interleaved subsets, one after another, and"
+        f"a pass visits the tokens in {sweep.stride} interleaved subsets, one after another, and"
         " upward layers read the newest keys and values there are"
     )
 

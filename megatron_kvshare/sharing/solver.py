@@ -141,6 +141,8 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }
 """Recipes with a name."""
+DEFAULT_RECIPE = "cheapest"
+"""The least work whose exact loss is within the spread over seeds of the best (docs/solvers.md)."""
 
 
 def recipe_name(recipe: Recipe) -> str:

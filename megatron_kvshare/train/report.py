@@ -92,6 +92,9 @@ def _layout_lines(
         f" + gradients {_mib(memory.gradients)} + optimizer {_mib(memory.optimizer)}"
         f" + activations {_mib(memory.activations)} + logits {_mib(memory.logits)}",
     ]
+    if config.checkpoint.async_save:
+        copy = _mib(memory.weights + memory.optimizer)
+        lines.append(f"--async-save: a copy of up to {copy} per process in host memory")
     return ["Layout", *_indented(lines), *_indented(_stage_lines(config, vocab_size))]
 
 

@@ -171,14 +171,16 @@ def test_nothing_left_to_train(world: World, trained: Path, tmp_path: Path) -> N
 
 
 def test_dry_run_needs_no_process_group(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     flags = ["--tensor-model-parallel-size", "2", "--dry-run"]
+    flags += ["--save", str(tmp_path), "--async-save"]
     assert main(["pretrain", *SMALL, *flags]) == 0
     output = capsys.readouterr().out
     for text in ("num_layers", "tensor parallel 2", "parameters ", "memory per process", "mock"):
         assert text in output
+    assert "--async-save: a copy of up to " in output
     assert "validation" not in output
 
 

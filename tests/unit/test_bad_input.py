@@ -46,7 +46,7 @@ MAPS = [
     (f"{MOCK} --kv-map 0_1s_1s_3", "--window-size", "--window-size W"),
     (f"{MOCK} --kv-backward-passes 0", "--kv-backward-passes", "--kv-backward-passes 1"),
     (f"{MOCK} --kv-forward-passes -1", "--kv-forward-passes", "--kv-forward-passes 1"),
-    (f"{MOCK} --kv-stride 4", "--kv-stride", "--kv-solver strided"),
+    (f"{MOCK} --kv-recipe paper --kv-stride 4", "--kv-stride", "--kv-solver strided"),
     (f"{MOCK} --kv-solver strided --kv-stride 1", "--kv-stride", "--kv-stride 4"),
     (f"{MOCK} --kv-recipe quick", "--kv-recipe", "--kv-recipe paper"),
     (f"{MOCK} --kv-start here", "--kv-start", "--kv-start zero"),

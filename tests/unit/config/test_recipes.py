@@ -20,7 +20,7 @@ def parsed(argv: str) -> PretrainConfig:
 @pytest.mark.parametrize(
     ("argv", "notation"),
     [
-        ("", "jacobi(7, 2)"),
+        ("", "strided(4; 0, 1) from input"),
         ("--kv-recipe paper", "jacobi(7, 2)"),
         ("--kv-recipe fast", "strided(4; 1, 1)p"),
         ("--kv-recipe cheapest", "strided(4; 0, 1) from input"),
@@ -31,9 +31,12 @@ def parsed(argv: str) -> PretrainConfig:
         ("--kv-recipe cheapest --kv-start zero", "strided(4; 0, 1)"),
         ("--kv-forward-passes 1", "jacobi(1, 2)"),
         ("--kv-forward-passes 0 --kv-backward-passes 3", "jacobi(0, 3)"),
-        ("--kv-project-at-use", "jacobi(7, 2)p"),
-        ("--kv-solver strided", "strided(4; 7, 2)"),
-        ("--kv-solver strided --kv-stride 2", "strided(2; 7, 2)"),
+        ("--kv-backward-passes 1", "jacobi(7, 1)"),
+        ("--kv-solver jacobi", "jacobi(7, 2)"),
+        ("--kv-solver strided --kv-forward-passes 1", "strided(4; 1, 2)"),
+        ("--kv-stride 8", "strided(8; 0, 1) from input"),
+        ("--kv-solver strided --kv-start self", "strided(4; 0, 1) from self"),
+        ("--kv-start self --kv-project-at-use", "strided(4; 0, 1)p from self"),
     ],
 )
 def test_recipe_of_the_flags(argv: str, notation: str) -> None:

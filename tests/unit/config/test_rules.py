@@ -144,7 +144,7 @@ def test_subsets_are_whole_on_every_rank():
     (fault,) = faults(f"{cyclic} --kv-recipe fast", 2)
     assert "--kv-stride 4 x --tensor-model-parallel-size 2 = 8" in fault
     assert "use --seq-length 96 or 104" in fault
-    check(cyclic, 2)
+    check(f"{cyclic} --kv-recipe paper", 2)
     check(f"{layout} --kv-pattern cla:2 --kv-recipe fast", 2)
 
 

@@ -22,7 +22,7 @@ def plan_json(capsys: Capture, *flags: str) -> dict[str, Any]:
 
 def test_json_of_the_main_map(capsys: Capture) -> None:
     flags = "--num-layers 22 --kv-pattern sandwich-top --kv-layers 11 --num-query-groups 4"
-    found = plan_json(capsys, *flags.split())
+    found = plan_json(capsys, *flags.split(), "--kv-recipe", "paper")
     assert found["kv_map"] == [*range(5), *[16] * 12, *range(17, 22)]
     assert found["kv_layers"] == 11
     assert found["cyclic_groups"] == [[5, 16]]
@@ -114,12 +114,19 @@ def test_the_drawing_fits_80_columns(
 
 
 def test_the_drawing_tells_roles_groups_and_passes(capsys: Capture) -> None:
-    assert main(["plan", "--kv-map", "0_5_5_5_4_5_6_7"]) == 0
+    assert main(["plan", "--kv-map", "0_5_5_5_4_5_6_7", "--kv-recipe", "paper"]) == 0
     out = capsys.readouterr().out
     for text in ("5 of 8 layers", "upward", "of layer 5 ↑", "own, read by 3 more", "layers 1-5"):
         assert text in out
     for text in ("9 (1 without attention)", "9 (8 only K and V)", "7 passes without gradient"):
         assert text in out
+
+
+def test_the_default_is_one_pass_over_subsets(capsys: Capture) -> None:
+    assert main(["plan", "--kv-map", "0_5_5_5_4_5_6_7"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Recipe cheapest: strided(4; 0, 1) from input." in out
+    assert "1 pass with gradient; a pass visits the tokens in 4 interleaved subsets" in out
 
 
 @pytest.mark.parametrize(
