@@ -55,7 +55,7 @@ def _usual_recipe(sharing: SharingConfig) -> str:
     """The default, or the published passes for who writes them as the method's users do:
     ``--kv-forward-passes 7 --kv-backward-passes 2``, or ``--kv-solver jacobi``."""
     passes = (sharing.kv_forward_passes, sharing.kv_backward_passes)
-    published = sharing.kv_solver == Solver.JACOBI or any(number is not None for number in passes)
+    published = sharing.kv_solver == "jacobi" or any(number is not None for number in passes)
     return "paper" if published else DEFAULT_RECIPE
 
 
