@@ -23,25 +23,41 @@ from megatron_kvshare.sharing.weights import EMBEDDING, HEAD
 
 LOGIT_LIMIT = 1e-5
 """Largest difference of fp32 logits, relative to the largest logit."""
+SENSITIVE_LIMIT = 1e-3
+"""The same for models that magnify rounding: four times what the last bit of the embeddings makes,
+and never more than this. Keys and values averaged over many layers make such models (30 layers,
+pizza-bottom from a pretrained model: 2e-5, whichever of the two programs computes it)."""
 BATCH, LENGTH = 2, 64
 
 
 @dataclass(frozen=True)
+class LogitDifference:
+    """Relative to the largest logit."""
+
+    value: float
+    limit: float
+
+    def __str__(self) -> str:
+        why = ", four times the effect of the embeddings' last bit"
+        return (
+            f"fp32 logits on {BATCH} x {LENGTH} tokens differ by {self.value:.1e} of the largest "
+            f"(limit {self.limit:.0e}{why if self.limit > LOGIT_LIMIT else ''})"
+        )
+
+
+@dataclass(frozen=True)
 class Verified:
-    """``tensors`` are equal bit by bit; the logits differ by ``difference`` of the largest one,
-    None where the folder's architecture has no code to run."""
+    """``tensors`` are equal bit by bit; ``difference`` is None where the folder's architecture has
+    no code to run."""
 
     tensors: int
-    difference: float | None
+    difference: LogitDifference | None
 
     def __str__(self) -> str:
         equal = f"{self.tensors} tensors are equal bit by bit"
         if self.difference is None:
             return f"{equal}; logits were not compared: the folder's architecture has no code here"
-        return (
-            f"{equal}; fp32 logits on {BATCH} x {LENGTH} tokens differ by {self.difference:.1e} "
-            f"of the largest (limit {LOGIT_LIMIT:.0e})"
-        )
+        return f"{equal}; {self.difference}"
 
 
 def verify(stored: StoredModel, folder: Path, state: ParallelState) -> Verified:
@@ -57,10 +73,10 @@ def verify(stored: StoredModel, folder: Path, state: ParallelState) -> Verified:
     difference = None
     if runs_here(config):
         difference = logit_difference(stored, folder, config, state)
-        if not difference <= LOGIT_LIMIT:
-            rule = f"fp32 logits may differ by {LOGIT_LIMIT:.0e} of the largest"
+        if not difference.value <= difference.limit:
+            rule = f"fp32 logits may differ by {difference.limit:.0e} of the largest"
             fix = "convert again; if it stays, report it with both config.json and kvshare.json"
-            raise CheckpointError(Fault(str(folder), f"{difference:.2e}", rule, fix))
+            raise CheckpointError(Fault(str(folder), f"{difference.value:.2e}", rule, fix))
     return Verified(count, difference)
 
 
@@ -138,8 +154,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 @torch.no_grad()
 def logit_difference(
     stored: StoredModel, folder: Path, config: Mapping[str, Any], state: ParallelState
-) -> float:
-    """Largest difference of logits over the largest logit, the same random tokens through both."""
+) -> LogitDifference:
+    """The same random tokens through both models."""
     generator = torch.Generator().manual_seed(0)
     length = min(LENGTH, stored.description.model.max_positions)
     size = (BATCH, length)
@@ -147,8 +163,27 @@ def logit_difference(
     theirs = _logits(folder, config, tokens)
     model = whole_model(stored.description, stored.weights, state)
     plan = solver_plan(stored.description.map, stored.description.recipe.for_length(length))
-    mine = model(tokens.to(state.platform.device), plan=plan).value[..., : model.vocab_size].cpu()
-    return float((mine - theirs).abs().max() / mine.abs().max())
+
+    def run() -> torch.Tensor:
+        logits = model(tokens.to(state.platform.device), plan=plan).value
+        return logits[..., : model.vocab_size].cpu()
+
+    mine = run()
+    value, limit = _relative(mine, theirs), LOGIT_LIMIT
+    if value > limit:
+        _turn_last_bits(model.shared_embedding_or_output_weight(), generator)
+        limit = min(max(limit, 4 * _relative(mine, run())), SENSITIVE_LIMIT)
+    return LogitDifference(value, limit)
+
+
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / one.abs().max())
+
+
+def _turn_last_bits(weight: torch.Tensor, generator: torch.Generator) -> None:
+    """Change fp32 values by a unit in the last place, up or down, or not at all."""
+    turns = torch.randint(-1, 2, weight.shape, generator=generator).to(weight.device)
+    weight.mul_(1 + turns * torch.finfo(torch.float32).eps)
 
 
 def _logits(folder: Path, config: Mapping[str, Any], tokens: torch.Tensor) -> torch.Tensor:
