@@ -58,9 +58,10 @@ class FromHuggingFaceConfig:
     """Folder with config.json and safetensors."""
     save: str
     """Folder to write, as --save of a run; it must not be there yet, or be empty."""
-    kv_init: Literal["mean", "target", "aligned", "random"] = "mean"
+    kv_init: Literal["mean", "target", "aligned", "random"] = "aligned"
     """With another map: keys and values of a producer are the mean over the layers that read it
-    (mean), its own (target), the mean after matching heads (aligned), or drawn anew (random)."""
+    after their heads are matched and turned (aligned), the plain mean (mean), its own (target), or
+    drawn anew (random)."""
     seed: Count = 1234
     """Seed of --kv-init random."""
     sharing: SharingConfig = field(default_factory=SharingConfig)

@@ -50,7 +50,7 @@ class ImportJob:
     hf: Path
     save: Path
     sharing: SharingConfig | None = None
-    kv_init: KVInit = KVInit.MEAN
+    kv_init: KVInit = KVInit.ALIGNED
     seed: int = 1234
 
 
