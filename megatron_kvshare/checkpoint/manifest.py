@@ -11,7 +11,7 @@ from typing import Any
 from megatron_kvshare.config import CheckpointConfig, ModelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.solver import Recipe
+from megatron_kvshare.sharing.solver import Recipe, recipe_name
 
 MANIFEST = "kvshare.json"
 FORMAT_VERSION = 6
@@ -227,7 +227,8 @@ def check_data(manifest: Manifest, run: dict[str, Any], settings: CheckpointConf
 
 def _shown(identity: dict[str, Any], name: str) -> Any:
     value = identity.get(name)
-    return str(Recipe.from_dict(value)) if name == "kv_recipe" and value is not None else value
+    recipe = name == "kv_recipe" and value is not None
+    return recipe_name(Recipe.from_dict(value)) if recipe else value
 
 
 def _where(name: str) -> str:
@@ -240,5 +241,5 @@ def _fix(name: str) -> str:
     if name == "kv_map":
         return "use the checkpoint's map, or start without --load"
     if name == "kv_recipe":
-        return "use the checkpoint's recipe, or train on with another by --finetune"
+        return "give the checkpoint's recipe by --kv-recipe, or train on with another by --finetune"
     return "use the checkpoint's value, or start without --load"

@@ -144,7 +144,7 @@ def test_every_difference_is_listed(saved: Path) -> None:
 
 def test_another_recipe_is_refused_and_finetuning_may_change_it(saved: Path) -> None:
     run = identity_of(recipe=RECIPES["fast"])
-    with pytest.raises(CheckpointError, match=r"strided\(4; 1, 1\)p.*jacobi\(7, 2\)"):
+    with pytest.raises(CheckpointError, match=r"fast: strided\(4; 1, 1\)p.*paper: jacobi\(7, 2\)"):
         find(saved, run)
     assert find(saved, run, finetune=True) is not None
 
