@@ -19,7 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+import results
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "solvers"
@@ -89,17 +90,12 @@ def main() -> None:
     print(f"{sum(done)} of {len(trials)} runs finished; results: {RESULTS.relative_to(ROOT)}")
     from solver_figures import draw_all
 
-    draw_all(results(), RESULTS.parent)
-
-
-def results() -> dict[str, Any]:
-    """What has been measured so far, by run."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    draw_all(results.read(RESULTS), RESULTS.parent)
 
 
 def finish(trial: Trial, corpus: Path, deadline: float) -> bool:
     """Train and measure one run, as far as the time allows."""
-    if trial.name in results():
+    if trial.name in results.read(RESULTS):
         return True
     flags = [*_data_flags(corpus, trial), *trial.flags]
     for work in (
@@ -109,7 +105,8 @@ def finish(trial: Trial, corpus: Path, deadline: float) -> bool:
         left = deadline - time.monotonic()
         if left <= 0 or not _run(trial, [*work, *flags], left):
             return False
-    _keep(trial, RUNS / trial.name / "measured.json")
+    measured = json.loads((RUNS / trial.name / "measured.json").read_text())
+    results.keep(RESULTS, trial.name, {**asdict(trial), **measured})
     return True
 
 
@@ -158,13 +155,6 @@ def _data_flags(corpus: Path, trial: Trial) -> list[str]:
         ),
         *("--save", str(folder / "checkpoint"), "--resume", "auto"),
     ]
-
-
-def _keep(trial: Trial, measured: Path) -> None:
-    everything = results()
-    everything[trial.name] = {**asdict(trial), **json.loads(measured.read_text())}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(dict(sorted(everything.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import results
 from pretrained import prepare
 
 from megatron_kvshare.huggingface.folder import CONFIG, read_json
@@ -67,15 +68,10 @@ def main() -> None:
     hf = prepare(ROOT / "runs" / "pretrained")
     data = _data(hf)
     for trial in (trial for trial in TRIALS if arguments.only in trial.name):
-        if trial.name not in results():
+        if trial.name not in results.read(RESULTS):
             print(trial.name, flush=True)
-            _keep(trial, _run(trial, hf, data))
-    (RESULTS.parent / "table.md").write_text(table(results()))
-
-
-def results() -> dict[str, Any]:
-    """What has been measured so far, by run."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            results.keep(RESULTS, trial.name, _run(trial, hf, data))
+    (RESULTS.parent / "table.md").write_text(table(results.read(RESULTS)))
 
 
 def _run(trial: Trial, hf: Path, data: Path) -> dict[str, float]:
@@ -125,12 +121,6 @@ def _kvshare(*words: object) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
     with (RUNS / "log").open("a") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _keep(trial: Trial, measured: dict[str, float]) -> None:
-    everything = {**results(), trial.name: measured}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(dict(sorted(everything.items())), indent=1) + "\n")
 
 
 def table(measured: dict[str, Any]) -> str:
