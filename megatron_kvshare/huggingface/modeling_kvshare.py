@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_kvshare import KVShareConfig
 
 _EXACT_STRIDE = 8
-_CONVERGED = (4, 1, 1)  # stride, sweeps before the last, last
+_CONVERGED = (8, 1, 1)  # stride, sweeps before the last, last
 _SETTLED = {torch.float32: 1e-6, torch.float64: 1e-12}  # relative; about the rounding of one sweep
 _SETTLED_LOW_PRECISION = 4e-3
 

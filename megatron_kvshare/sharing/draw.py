@@ -155,7 +155,7 @@ def recipe_table(shape: ModelShape, map: SharingMap) -> Table:
 
 
 def prefill_text(shape: ModelShape, map: SharingMap) -> str:
-    """The cheapest prefill with the loss of exact evaluation."""
+    """The fastest prefill with the loss of exact evaluation."""
     its = cost.costs(shape, solver_plan(map, CONVERGED_PREFILL))
     return (
         f"Converged prefill (the loss of exact): {CONVERGED_PREFILL},"
