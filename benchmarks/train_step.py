@@ -38,6 +38,7 @@ from megatron_kvshare.megatron_api.optimizer import (
 from megatron_kvshare.megatron_api.schedule import run_schedule
 from megatron_kvshare.model import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
+from megatron_kvshare.pipeline.chunk import StageChunk
 from megatron_kvshare.sharing.cost import standard_plan, train_factor, train_step_flops
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import ExecutionPlan
@@ -105,15 +106,16 @@ def our_step(plan: ExecutionPlan, state: parallel.ParallelState) -> Step:
     initialize(net, seed=1)
     model = wrap_data_parallel(net, layout)
     optimizer = build_optimizer([model], TRAIN, layout, bf16=False)
+    chunk = StageChunk(model, entering=None, leaving=None)
     inputs, labels = tokens()
 
-    def chunk_step(_: Any, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = model(inputs, labels).value
+    def chunk_step(_: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = chunk(inputs, labels)[0].value
         return loss.sum(), torch.tensor(loss.numel(), dtype=torch.int32)
 
     def step() -> None:
         zero_gradients([model], optimizer)
-        run_schedule([model], [model], _forever(), chunk_step, num_microbatches=1)
+        run_schedule([chunk], [model], _forever(), chunk_step, num_microbatches=1)
         update_parameters([model], optimizer, TRAIN.clip_grad, gradient_norm(optimizer))
 
     return step
