@@ -66,6 +66,10 @@ gpu_count() {
 yaml_number() { sed -n "s/^$2: *\([0-9]*\).*/\1/p" "$HERE/configs/$1.yaml"; }
 
 GPUS="$(gpu_count)"
+if [[ "$GPUS" -eq 0 ]]; then
+  # Tensors in huge pages: 3 to 7 % of a step on a CPU (docs/solvers.md). Older C libraries ignore it.
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+fi
 CONFIG="$SIZE"
 if [[ "$GPUS" -eq 0 && -z "${FULL_SIZE:-}" ]]; then
   CONFIG=small
