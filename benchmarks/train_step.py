@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -187,6 +188,8 @@ def limit_of(name: str, recipe: str, plan: ExecutionPlan, bound: float) -> tuple
         return limit, f"<= {limit:.2f}"
     if not plan.map.is_cyclic:
         return 1.0, "<= 1.00"
+    if recipe != "paper":
+        return math.inf, ""
     limit, target = 1.05 * bound, "<= 1.05 bound"
     if (recipe, name, kv_layers) == ("paper", "lasagna-top", 6):
         limit, target = min(limit, 0.70 * train_factor(plan)), target + ", 0.70 formula"
