@@ -191,7 +191,7 @@ def limit_of(name: str, recipe: str, plan: ExecutionPlan, bound: float) -> tuple
     if recipe != "paper":
         return math.inf, ""
     limit, target = 1.05 * bound, "<= 1.05 bound"
-    if (recipe, name, kv_layers) == ("paper", "lasagna-top", 6):
+    if (name, kv_layers) == ("lasagna-top", 6):
         limit, target = min(limit, 0.70 * train_factor(plan)), target + ", 0.70 formula"
     return limit, target
 

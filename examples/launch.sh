@@ -66,10 +66,6 @@ gpu_count() {
 yaml_number() { sed -n "s/^$2: *\([0-9]*\).*/\1/p" "$HERE/configs/$1.yaml"; }
 
 GPUS="$(gpu_count)"
-if [[ "$GPUS" -eq 0 ]]; then
-  # Tensors in huge pages: 3 to 7 % of a step on a CPU (docs/solvers.md). Older C libraries ignore it.
-  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-fi
 CONFIG="$SIZE"
 if [[ "$GPUS" -eq 0 && -z "${FULL_SIZE:-}" ]]; then
   CONFIG=small
@@ -134,6 +130,8 @@ if [[ "$GPUS" -eq 0 ]]; then
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > PROCESSES ? $(nproc) / PROCESSES : 1))}"
   # Threads that wait by spinning make training several times slower where other work shares the cores.
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+  # Tensors in huge pages: 3 to 7 % of a step (docs/solvers.md). Older C libraries ignore it.
+  export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 fi
 if [[ "$LAUNCHER" == srun || ("$NNODES" -eq 1 && "$PROCESSES" -eq 1) ]]; then
   RUN=("$PY")
