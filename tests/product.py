@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -126,7 +127,8 @@ def relative_differences(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> d
     """||got - wanted|| / ||wanted|| by name.
 
     A gradient that is 0 but for rounding (queries that see a single key, for instance) has no scale
-    of its own: its difference is taken relative to the largest gradient.
+    of its own: its difference is taken relative to the largest gradient. What is not a number is
+    infinitely far off, so that no comparison passes it by.
     """
     assert got.keys() == wanted.keys(), f"names differ: {got.keys() ^ wanted.keys()}"
     norms = {name: float(reference.double().norm()) for name, reference in wanted.items()}
@@ -135,7 +137,7 @@ def relative_differences(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> d
     for name, reference in wanted.items():
         difference = float((got[name].double() - reference.double()).norm())
         scale = norms[name] if norms[name] > 1e-9 * largest else largest
-        differences[name] = difference / scale
+        differences[name] = difference / scale if math.isfinite(difference) else math.inf
     return differences
 
 

@@ -9,58 +9,14 @@ log-sum-exp, it runs block by block too (as in ring attention, arXiv 2310.01889,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from megatron_kvshare.model.kernels import CausalKernel, causal_kernel
+
 Tensor = torch.Tensor
-_ops = torch.ops.aten
-
-
-class _Kernel(NamedTuple):
-    """Causal attention of equally many queries and keys, heads first: ``[b, heads, tokens, d]``.
-
-    ``forward(q, k, v)`` -> output and log-sum-exp ``[b, heads, tokens]``; ``backward(grad, q, k, v,
-    output, log-sum-exp)`` -> gradients of q, k, v. Both take fewer KV heads than query heads.
-    """
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-
-
-def _cpu_backward(grad: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _ops._scaled_dot_product_flash_attention_for_cpu_backward(grad, *saved, 0.0, True)
-
-
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _ops._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[:2]
-
-
-def _cuda_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    unused = q.new_empty(2, dtype=torch.uint64)  # the random state of a dropout that is 0
-    tokens = q.shape[2]
-    return _ops._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, tokens, tokens, 0.0, True, unused, unused
-    )
-
-
-_KERNELS = {
-    "cpu": _Kernel(_cpu_forward, _cpu_backward),
-    "cuda": _Kernel(_cuda_forward, _cuda_backward),
-}
-
-
-def has_block_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Flash attention takes any type on the CPU, 16 bit on a GPU."""
-    return device.type == "cpu" or (device.type == "cuda" and dtype != torch.float32)
 
 
 def attend_blocks(
@@ -77,7 +33,7 @@ def attend_blocks(
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, causal_blocks: int, *keys_values: Tensor) -> Tensor:
-        kernel = _KERNELS[query.device.type]
+        kernel = _kernel_for(query)
         keys, values = _halves(keys_values)
         out = query.new_zeros(query.shape, dtype=torch.float32)
         lse = out.new_full(query.shape[:3], float("-inf"))
@@ -94,7 +50,7 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse, *keys_values = ctx.saved_tensors
-        kernel = _KERNELS[query.device.type]
+        kernel = _kernel_for(query)
         keys, values = _halves(keys_values)
         grad_query = torch.zeros_like(query, dtype=torch.float32)
         grad_keys, grad_values = [], []
@@ -110,6 +66,12 @@ class _BlockAttention(torch.autograd.Function):
             grad_keys.append(F.pad(of_k, (0, 0, 0, k.shape[2] - last)))
             grad_values.append(F.pad(of_v, (0, 0, 0, k.shape[2] - last)))
         return grad_query.to(query.dtype), None, *grad_keys, *grad_values
+
+
+def _kernel_for(query: Tensor) -> CausalKernel:
+    kernel = causal_kernel(query.device, query.dtype, query.shape[-1])
+    assert kernel is not None, "no kernel for these blocks: they need a mask"
+    return kernel
 
 
 def _halves(tensors: Any) -> tuple[Any, Any]:

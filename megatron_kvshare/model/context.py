@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 
 from megatron_kvshare.config import ModelConfig
-from megatron_kvshare.model.block_attention import has_block_kernel
+from megatron_kvshare.model.kernels import causal_kernel
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.rotary import Rotary, rotary
 from megatron_kvshare.model.visibility import SequenceLayout, Visibility
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.plan import subset_length
 
-_BLOCKWISE_FROM = 512
+BLOCKWISE_FROM = 512
 """Queries from which one causal kernel per pair of blocks beats one kernel with a mask (measured on
 the CPU: at 64 queries it takes 1.3 times as long, at 512 three quarters)."""
 
@@ -85,9 +85,14 @@ class VisitContext:
 
 @dataclass(frozen=True)
 class SequenceContexts:
-    """The contexts of one forward, made when a plan asks for them."""
+    """The contexts of one forward, made when a plan asks for them.
+
+    ``has_block_kernel``: whether pairs of blocks can do without a mask on this device, in this
+    type and head size.
+    """
 
     whole: VisitContext
+    has_block_kernel: bool
     _visits: dict[tuple[int, int], VisitContext] = field(default_factory=dict)
 
     def visit(self, stride: int, offset: int) -> VisitContext:
@@ -104,7 +109,7 @@ class SequenceContexts:
         return replace(
             self.whole,
             rotary=Rotary(*tables),
-            blockwise=queries >= _BLOCKWISE_FROM and has_block_kernel(layout.device, layout.dtype),
+            blockwise=queries >= BLOCKWISE_FROM and self.has_block_kernel,
             stride=stride,
             offset=offset,
             _seen={},
@@ -123,4 +128,6 @@ def sequence_contexts(
     if positions is None:
         positions = torch.arange(layout.length, device=layout.device)
     tables = rotary(positions, config, layout.dtype)
-    return SequenceContexts(VisitContext(tables, sharing, layout, window_size, False))
+    whole = VisitContext(tables, sharing, layout, window_size, blockwise=False)
+    kernel = causal_kernel(layout.device, layout.dtype, config.head_dim)
+    return SequenceContexts(whole, has_block_kernel=kernel is not None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_kvshare.model import kernels
 from megatron_kvshare.model.block_attention import attend_blocks
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.visibility import Visibility
@@ -60,7 +61,7 @@ class _MergeHeads(torch.autograd.Function):
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    if q.is_cuda and q.dtype == torch.float32:
+    if kernels.on_gpu(q.device) and q.dtype == torch.float32:
         k, v = _one_head_per_query(q, k, v)  # flash takes no fp32, its fp32 stand-in no groups
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -76,7 +77,7 @@ def _one_head_per_query(
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility) -> torch.Tensor:
-    if q.is_cuda or not visible.grouped:
+    if kernels.on_gpu(q.device) or not visible.grouped:
         k, v = _one_head_per_query(q, k, v)  # the masked GPU kernels take no grouped heads
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask, enable_gqa=grouped)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_kvshare.model import kernels
+
 
 class _CpuRMSNorm(torch.autograd.Function):
     @staticmethod
@@ -47,6 +49,6 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if kernels.on_gpu(x.device):
             return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
         return _CpuRMSNorm.apply(x, self.weight, self.epsilon)

@@ -135,7 +135,7 @@ VARIED_MAPS = {
 @pytest.mark.parametrize("name", ["fast", "cheapest", "strided-zero"])
 def test_blocks_without_masks(name, kv_heads, kv_map, single, monkeypatch):
     """Long subsets read KV block by block with causal kernels; here short ones do too."""
-    monkeypatch.setattr(context, "_BLOCKWISE_FROM", 1)
+    monkeypatch.setattr(context, "BLOCKWISE_FROM", 1)
     tiny = TINY.but(kv_heads=kv_heads)
     assert_equals_naive(tiny, SharingMap.parse(kv_map), single, TRAINED[name])
 
@@ -153,7 +153,7 @@ RECOMPUTE = {
 @one_of_each_pattern()
 def test_recompute_changes_nothing(sharing, name, blockwise, policy, single, monkeypatch):
     if blockwise:
-        monkeypatch.setattr(context, "_BLOCKWISE_FROM", 1)
+        monkeypatch.setattr(context, "BLOCKWISE_FROM", 1)
     tokens, labels = (random_tokens(TINY.vocabulary, 2, LENGTH, seed) for seed in (0, 1))
     found = []
     for extra in ({}, RECOMPUTE[policy]):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_kvshare.model.block_attention import has_block_kernel
 from megatron_kvshare.model.core_attention import attend
+from megatron_kvshare.model.kernels import causal_kernel
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.visibility import Visibility
 from tests import oracle
+from tests.gpu_kernels import on_gpu_route
 from tests.unit.model.test_core_attention import (
     BATCH,
     HEADS,
@@ -93,9 +94,12 @@ def test_no_matrix_of_queries_and_keys(heads, strict):
     assert 0 < largest.elements < len(query) * length / 4
 
 
-def test_which_devices_have_a_kernel():
+def test_what_has_a_kernel():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert has_block_kernel(cpu, torch.float32)
-    assert has_block_kernel(cpu, torch.bfloat16)
-    assert has_block_kernel(cuda, torch.bfloat16)
-    assert not has_block_kernel(cuda, torch.float32)
+    everything = causal_kernel(cpu, torch.float32, 20)
+    assert everything is not None and everything is causal_kernel(cpu, torch.bfloat16, 64)
+    with on_gpu_route():
+        assert causal_kernel(cuda, torch.bfloat16, 64) not in (None, everything)
+        assert causal_kernel(cuda, torch.float32, 64) is None
+        assert causal_kernel(cuda, torch.bfloat16, 20) is None
+        assert causal_kernel(cuda, torch.bfloat16, 264) is None
