@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
+"""The run diverged and ``--divergence-policy`` is stop: to start it again changes nothing."""
 EXIT_LOST = 69
 """A rank died or hung: the job can be started again and goes on from its last checkpoint."""
 EXIT_STOPPED = 75
@@ -83,6 +85,13 @@ class TrainingError(KVShareError):
     """Training cannot continue (for example: too many steps with NaN gradients)."""
 
     title = "training error"
+
+
+class DivergenceError(TrainingError):
+    """The run diverges, and the user wants it to stop then."""
+
+    title = "training diverged"
+    exit_code = EXIT_DIVERGED
 
 
 class LostError(KVShareError):

@@ -71,25 +71,12 @@ class FlashOperators:
         return like.copy_(out), lse, None, None, queries, keys, seed, seed[0], torch.empty(0)
 
     def _scaled_dot_product_flash_attention_backward(
-        self,
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        logsumexp,
-        cum_seq_q,
-        cum_seq_k,
-        max_q,
-        max_k,
-        dropout_p,
-        is_causal,
-        philox_seed,
-        philox_offset,
+        self, grad_out, query, key, value, out, logsumexp, *others
     ):
+        *cumulative, max_q, max_k, dropout_p, is_causal, philox_seed, philox_offset = others
         self.log["flash_backward"] += 1
         refuse_what_flash_refuses(query, key, value, grad_out, out)
-        assert cum_seq_q is None and cum_seq_k is None and dropout_p == 0.0
+        assert cumulative == [None, None] and dropout_p == 0.0
         assert (max_q, max_k) == (query.shape[2], key.shape[2])
         assert philox_seed.dtype == philox_offset.dtype == torch.uint64
         b, heads, queries, d = query.shape
@@ -160,20 +147,10 @@ class FrontEnd:
     def __init__(self, log: Log) -> None:
         self.log = log
 
-    def __call__(
-        self,
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
-    ):
+    def __call__(self, query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
         self.log["causal" if attn_mask is None else "masked"] += 1
         every = (query, key, value)
-        assert len({x.dtype for x in every}) == 1 and dropout_p == 0.0
+        assert len({x.dtype for x in every}) == 1
         fused = all(x.stride(-1) == 1 for x in every)
         flash = query.dtype in HALF and attn_mask is None
         fused &= flash or query.shape[1] == key.shape[1]  # only flash and cuDNN take fewer KV heads
@@ -185,11 +162,5 @@ class FrontEnd:
             assert not (attn_mask == -torch.inf).all(-1).any(), "a row sees nothing: undefined"
         assert fused, "no fused kernel takes this"
         return _cpu_attention(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
+            *every, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa
         )

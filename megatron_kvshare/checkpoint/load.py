@@ -161,9 +161,18 @@ def find_checkpoint(
         manifest,
         take_optimizer,
         take_random_state=same_world and not (settings.no_load_rng or settings.finetune),
-        progress=Progress() if settings.finetune else manifest.progress,
+        progress=_progress(manifest.progress, settings),
         stays=folder if settings.load == settings.save and not settings.finetune else None,
     )
+
+
+def _progress(stored: Progress, settings: CheckpointConfig) -> Progress:
+    """Where a run begins that loads; only one that goes on in its own folder is still as fresh."""
+    if settings.finetune:
+        return Progress()
+    if settings.load == settings.save:
+        return stored
+    return replace(stored, health=replace(stored.health, fresh=False))
 
 
 def load_checkpoint(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_kvshare.config import CheckpointConfig, ModelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
@@ -14,7 +14,7 @@ from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
 
 MANIFEST = "kvshare.json"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 # The weights fit another value of these, so --finetune may change them; a resume may not.
 _CHANGED_BY_FINETUNE = {
@@ -31,19 +31,47 @@ _CHANGED_BY_FINETUNE = {
 }
 
 
+class Alarm(NamedTuple):
+    """A sign of divergence: its ``cause`` in a few words, and what was ``seen`` at ``step``."""
+
+    cause: str
+    step: int
+    seen: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the next step of a run is judged by, see ``train/anomaly.py``.
+
+    Losses and unclipped gradient norms are those of steps that changed the weights. ``fresh``: the
+    run began with new weights. ``alarms``: the signs of divergence so far, one of each cause.
+    """
+
+    skipped_in_a_row: int = 0
+    recent_losses: tuple[float, ...] = ()
+    recent_norms: tuple[float, ...] = ()
+    first_losses: tuple[float, ...] = ()
+    fresh: bool = False
+    alarms: tuple[Alarm, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Health:
+        """As JSON holds it, and as far as it does: formats before 7 know the first two fields."""
+        plain = {name: each for name, each in values.items() if not isinstance(each, list)}
+        lists = {name: tuple(each) for name, each in values.items() if isinstance(each, list)}
+        alarms = tuple(Alarm(*each) for each in lists.pop("alarms", ()))
+        return cls(**plain, **lists, alarms=alarms)
+
+
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; ``tokens`` counts all tokens of all batches, masked ones too.
-
-    ``skipped_in_a_row`` and ``recent_losses``: what judges the next step, see ``train/guards.py``.
-    """
+    """How far a run has come; ``tokens`` counts all tokens of all batches, masked ones too."""
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    recent_losses: tuple[float, ...] = ()
+    health: Health = field(default_factory=Health)
 
 
 @dataclass(frozen=True)
@@ -107,13 +135,18 @@ def read_manifest(folder: Path) -> Manifest:
             values["has_optimizer"] = values.pop("optimizer_format") is not None
         if version < 2:
             values["identity"]["kv_recipe"] = _recipe_of_version_1(values)
-        recent = tuple(values["progress"].pop("recent_losses", ()))
-        progress = Progress(**values.pop("progress"), recent_losses=recent)
-        return Manifest(**values, progress=progress)
+        return Manifest(**{**values, "progress": _progress(values["progress"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = "this is not a complete checkpoint of megatron_kvshare"
         fix = "load another iter_* folder, by its number in latest_checkpointed_iteration.txt"
         raise CheckpointError(Fault(str(path), str(error), rule, fix)) from error
+
+
+def _progress(values: dict[str, Any]) -> Progress:
+    """Before version 7 what is now ``health`` lay beside the counters."""
+    counters = {name: values[name] for name in ("step", "samples", "tokens", "skipped_steps")}
+    rest = {name: each for name, each in values.items() if name not in counters}
+    return Progress(**counters, health=Health.from_dict(rest.get("health", rest)))
 
 
 def _recipe_of_version_1(values: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_kvshare.checkpoint.manifest import Manifest
 from megatron_kvshare.checkpoint.parts import Part
-from megatron_kvshare.checkpoint.retention import Keep
+from megatron_kvshare.checkpoint.retention import KEEP_ALL, Keep
 from megatron_kvshare.checkpoint.save import Written, write_checkpoint
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
@@ -36,19 +36,24 @@ class Saver:
         self._running: Future[Written] | None = None
         self._thread: threading.Thread | None = None
 
-    def save(self, manifest: Manifest, parts: Sequence[Part]) -> Written | None:
+    def save(
+        self, manifest: Manifest, parts: Sequence[Part], remove_older: bool = True
+    ) -> Written | None:
         """Write ``parts``; None if that has only begun. ``parts`` may change after the return.
+
+        ``remove_older``: then remove the checkpoints that the settings let go.
 
         Raises:
             CheckpointError: on all ranks; earlier checkpoints are intact.
         """
         assert self._running is None, "finish the save before"
+        keep = self._keep if remove_older else KEEP_ALL
         if self._group is None:
-            return self._write(manifest, parts)
+            return self._write(manifest, parts, keep)
         copies = self._copied(parts)
         self._running = Future()
         self._thread = threading.Thread(
-            target=self._run, args=(self._running, manifest, copies), name="save", daemon=True
+            target=self._run, args=(self._running, manifest, copies, keep), name="save", daemon=True
         )
         self._thread.start()
         return None
@@ -85,14 +90,16 @@ class Saver:
         self._thread = self._group = None
         self._copies.clear()
 
-    def _run(self, running: Future[Written], manifest: Manifest, parts: Sequence[Part]) -> None:
+    def _run(
+        self, running: Future[Written], manifest: Manifest, parts: Sequence[Part], keep: Keep
+    ) -> None:
         try:
-            running.set_result(self._write(manifest, parts))
+            running.set_result(self._write(manifest, parts, keep))
         except BaseException as error:  # told by finish()
             running.set_exception(error)
 
-    def _write(self, manifest: Manifest, parts: Sequence[Part]) -> Written:
-        return write_checkpoint(self._root, manifest, parts, self._state, self._group, self._keep)
+    def _write(self, manifest: Manifest, parts: Sequence[Part], keep: Keep) -> Written:
+        return write_checkpoint(self._root, manifest, parts, self._state, self._group, keep)
 
     def _copied(self, parts: Sequence[Part]) -> list[Part]:
         """Copies in host memory, which is kept: finding new memory costs more than copying."""

@@ -72,6 +72,9 @@ class TrainConfig:
     """A loss above this many times the mean of the last 100 is a spike; left out: none is."""
     loss_spike_policy: Literal["skip", "stop"] = "skip"
     """A spike's step is skipped and its samples written down, or stops the run."""
+    divergence_policy: Literal["warn", "stop"] = "warn"
+    """A run that diverges (gradient norm, loss) warns and goes on, or is saved and stopped, with
+    exit code 3."""
     exit_interval: Count | None = None
     """Save and stop at the next step that is a multiple of this."""
     exit_duration_in_mins: Positive | None = None

@@ -1,1 +1,1 @@
-"""Training (L5): setup, the loop, one step, evaluation, guards and metrics."""
+"""Training (L5): setup, the loop, one step, evaluation, anomalies and metrics."""

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from megatron_kvshare.checkpoint.manifest import Alarm
 from megatron_kvshare.config.shape import recipe
-from megatron_kvshare.train.guards import counted, fatal, loss_limit, write_down
+from megatron_kvshare.train.anomaly import (
+    after_step,
+    divergence_text,
+    fatal,
+    loss_limit,
+    write_down,
+)
 from megatron_kvshare.train.metrics import Metrics, residual_fields
 from megatron_kvshare.train.run import Orders, Run, StepResult
 from megatron_kvshare.train.saving import save, settle
@@ -20,7 +28,8 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
     None where there is none: evaluation is off, or the run was stopped by ``wish``.
 
     Raises:
-        TrainingError: too many bad steps, or one where the policy is to stop; it is saved before.
+        TrainingError: too many bad steps, or one where the policy is to stop, or divergence where
+            the policy is to stop; it is saved before.
     """
     train, log, checkpoint = run.config.train, run.config.log, run.config.checkpoint
     batches = run.data.train_batches(run.progress.samples)
@@ -30,21 +39,22 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
         last = step == train.train_iters or _due(step, train.exit_interval)
         logged = last or _due(step, log.log_interval)
         run.pulse.beat("waiting for data", step)
-        limit = loss_limit(train, run.progress)
+        limit = loss_limit(train, run.progress.health)
         orders = Orders(logged and _wants_residual(run), limit, wish.now())
         result = train_step(run, batches, step, orders)
 
-        advance(run, metrics, result)
-        error = fatal(train, run.progress, result)
+        alarms = advance(run, metrics, result)
+        error = fatal(train, run.progress, result, alarms)
         stop = error is not None or (result.stop != 0 and not last)
-        if logged or stop or result.skipped:
-            extra = residual_fields(result.kv_residuals) | {"skipped": bool(result.skipped) or None}
+        if logged or stop or result.skipped or alarms:
+            marks = {"skipped": bool(result.skipped) or None, "diverging": bool(alarms) or None}
+            extra = residual_fields(result.kv_residuals) | marks
             metrics.train(run.progress, result.loss, result.lr, result.grad_norm, **extra)
         with metrics.watch.paused():
             if train.eval_iters and not stop and (last or _due(step, train.eval_interval)):
                 valid_loss = _validate(run, metrics)
             if checkpoint.save and (last or stop or _due(step, checkpoint.save_interval)):
-                save(run, last=last or stop)
+                save(run, last=last or stop, remove_older=error is None)
             settle(run)
         if error is not None:
             with together(run.state):
@@ -56,20 +66,29 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
     return evaluate(run).loss if train.eval_iters else None
 
 
-def advance(run: Run, metrics: Metrics, result: StepResult) -> None:
-    """Count one step: its samples and tokens are used up, whether or not it changed the weights."""
-    train, samples = run.config.train, run.layout.global_batch_size
+def advance(run: Run, metrics: Metrics, result: StepResult) -> Sequence[Alarm]:
+    """Count one step: its samples and tokens are used up, whether or not it changed the weights.
+
+    Returns the signs of divergence that are new with it; each has been told.
+    """
+    samples, before = run.layout.global_batch_size, run.progress.health
     tokens = samples * run.config.model.seq_length
+    step, clip_grad = run.progress.step + 1, run.config.train.clip_grad
     run.progress = replace(
         run.progress,
-        step=run.progress.step + 1,
+        step=step,
         samples=run.progress.samples + samples,
         tokens=run.progress.tokens + tokens,
-        **counted(train, run.progress, result.loss, result.skipped),
+        skipped_steps=run.progress.skipped_steps + bool(result.skipped),
+        health=after_step(before, result, step, clip_grad, run.shape.vocab_size),
     )
     metrics.watch.add_step(tokens)
     if result.skipped:
         write_down(run, result)
+    alarms = run.progress.health.alarms[len(before.alarms) :]
+    for alarm in alarms:
+        warn(run.state, divergence_text(alarm, run.config, run.plan.map.is_cyclic))
+    return alarms
 
 
 def _validate(run: Run, metrics: Metrics) -> float:

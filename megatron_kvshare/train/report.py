@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_kvshare.checkpoint.manifest import Health
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.describe import describe
 from megatron_kvshare.config.pipeline import pipeline_lines, placement
@@ -128,6 +129,9 @@ def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
     lines = [f"Done: {progress.step:,} steps, {progress.tokens:,} tokens."]
     if run.stopped_by:
         lines = [f"Stopped by {run.stopped_by} after step {progress.step:,} of {total:,}."]
+    elif progress.health.alarms:
+        lines = [f"Ended after {progress.step:,} steps, {progress.tokens:,} tokens."]
+    lines += _signs_of_divergence(progress.health)
     if progress.skipped_steps:
         lines.append(f"{progress.skipped_steps} steps were skipped (NaN, Inf or a spike).")
     if valid_loss is not None:
@@ -141,6 +145,15 @@ def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
         again = [*_without(typed.run, "--resume"), "--resume", "auto"]
         return "\n".join([*lines, f"  go on:         {shlex.join(again)}"])
     return "\n".join([*lines, *_next_steps(run, typed)])
+
+
+def _signs_of_divergence(health: Health) -> list[str]:
+    if not health.alarms:
+        return []
+    return [
+        "The run shows signs of divergence; find out why before you use the model:",
+        *(f"  {alarm.cause} in step {alarm.step:,}: {alarm.seen}." for alarm in health.alarms),
+    ]
 
 
 def _next_steps(run: Run, typed: Typed) -> list[str]:

@@ -22,11 +22,12 @@ _TOLERATED = 1
 """Saves in a row that may fail: a file system may have a bad moment, but not for ever."""
 
 
-def save(run: Run, last: bool = False) -> None:
+def save(run: Run, last: bool = False, remove_older: bool = True) -> None:
     """Save the run to ``--save``, or begin to; all ranks call this.
 
     ``last``: nothing comes after it, so it is waited for and must not fail. Before that a save
-    that fails is a warning, and two in a row are an error.
+    that fails is a warning, and two in a row are an error. ``remove_older``: as far as
+    ``--keep-last`` lets them go.
 
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are intact.
@@ -39,7 +40,7 @@ def save(run: Run, last: bool = False) -> None:
             models = [model.module for model in run.models]
             optimizer = None if run.config.checkpoint.no_save_optim else run.optimizer
             parts = content(models, optimizer, run.state)
-            written = run.saver.save(_manifest(run), parts)
+            written = run.saver.save(_manifest(run), parts, remove_older)
         _note(run, written)
     if last:
         settle(run, wait=True, last=True)

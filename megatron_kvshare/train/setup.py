@@ -13,6 +13,7 @@ from megatron_kvshare.checkpoint.load import (
     newest_sound,
 )
 from megatron_kvshare.checkpoint.manifest import (
+    Health,
     Progress,
     check_data,
     identity,
@@ -111,7 +112,7 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
         spanning=SpanningPipeline(cut, models, state, payload) if cut.spanning_groups else None,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.train),
-        progress=Progress() if found is None else found.progress,
+        progress=Progress(health=Health(fresh=True)) if found is None else found.progress,
         saver=Saver(config.checkpoint, state) if config.checkpoint.save else None,
         saved=None if found is None else found.stays,
         continued=None if found is None or settings.finetune else found.folder,

@@ -28,7 +28,7 @@ from megatron_kvshare.sharing.solver import (
     exact_plan,
     solver_plan,
 )
-from megatron_kvshare.train.guards import vote
+from megatron_kvshare.train.anomaly import vote
 from megatron_kvshare.train.run import Bad, Orders, Run, StepResult
 
 _EXACT_ROUND_THE_PIPELINE = Recipe(

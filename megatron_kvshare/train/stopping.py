@@ -1,5 +1,5 @@
 """Asked to stop early (L5): by a signal or the clock. The ranks decide together, see
-:func:`~megatron_kvshare.train.guards.vote`, so that all save after the same step."""
+:func:`~megatron_kvshare.train.anomaly.vote`, so that all save after the same step."""
 
 from __future__ import annotations
 

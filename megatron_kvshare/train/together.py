@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from megatron_kvshare.errors import EXIT_USER_ERROR, KVShareError
+from megatron_kvshare.errors import KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 
 
@@ -25,12 +25,13 @@ def together(state: ParallelState) -> Iterator[None]:
         yield
     except KVShareError as caught:
         error = caught
-    failed = gather_objects(error is not None)
-    if not any(failed):
+    codes = gather_objects(0 if error is None else error.exit_code)
+    failed = [rank for rank, code in enumerate(codes) if code]
+    if not failed:
         return
-    if error is not None and failed.index(True) == state.rank:
+    if error is not None and failed[0] == state.rank:
         raise error
-    raise SystemExit(EXIT_USER_ERROR)
+    raise SystemExit(codes[failed[0]])
 
 
 def warn(state: ParallelState, *warnings: str) -> None:

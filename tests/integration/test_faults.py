@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kvshare.train.guards import SKIPPED_BATCHES
+from megatron_kvshare.train.anomaly import SKIPPED_BATCHES
 from tests.distributed.world import World
 from tests.integration.pretrain_jobs import Accident, losses, records, set_latest
 from tests.integration.test_pretrain import ONE, TWO, run

@@ -85,6 +85,7 @@ def test_a_missing_example_is_told(start: Start):
     [
         (0, {}, False),
         (2, {}, False),
+        (3, {}, False),
         (75, {}, True),
         (75, {"MAX_REQUEUES": "0", "SLURM_RESTART_COUNT": "50"}, True),
         (69, {}, True),
