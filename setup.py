@@ -29,7 +29,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed"],
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
     "eval": ["lm_eval>=0.4.13", "accelerate"],
-    "tracking": ["wandb", "tensorboard"],
+    "tracking": ["wandb>=0.22.3", "tensorboard"],
     "test": [
         "pytest",
         "pytest-xdist",

@@ -69,7 +69,7 @@ OPTIONAL = {
         Package("accelerate", "", "", "lm-eval's way to load models"),
     ),
     "tracking": (
-        Package("wandb", "", "", "--wandb-project (works offline)"),
+        Package("wandb", "0.22.3", "", "--wandb-project (works offline)"),
         Package("tensorboard", "", "", "--tensorboard-dir"),
     ),
     "test": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,21 +36,48 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     assert events.Scalars("valid/perplexity")[0].value == pytest.approx(7.4)
 
 
-def test_wandb_offline_needs_no_network(tmp_path: Path) -> None:
+@pytest.fixture
+def offline(tmp_path: Path) -> LogConfig:
     pytest.importorskip("wandb")
-    settings = LogConfig(
+    return LogConfig(
         wandb_project="test", wandb_mode="offline", wandb_save_dir=str(tmp_path), wandb_exp_name="a"
     )
-    tracking: dict[str, str] = {}
-    sink = Wandb(settings, {"lr": 0.1}, tracking)
+
+
+def offline_files(folder: Path) -> list[bytes]:
+    import wandb
+
+    wandb.teardown()  # its process writes on for a moment after a run is closed
+    return [path.read_bytes() for path in folder.glob("wandb/offline-run-*/*.wandb")]
+
+
+def test_wandb_offline_needs_no_network(offline: LogConfig, tmp_path: Path) -> None:
+    sink = Wandb(offline, {"lr": 0.1}, {})
     sink.write(TRAIN)
     sink.write(VALID)
     sink.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    again = dict(tracking)
-    Wandb(settings, {"lr": 0.1}, again).close()
-    assert tracking["wandb"] and again == tracking
-    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{tracking['wandb']}"))) == 2
+    (content,) = offline_files(tmp_path)
+    assert b"train/loss" in content and b"valid/perplexity" in content
+
+
+def test_a_wandb_run_goes_on_beside_its_files_of_the_same_second(
+    offline: LogConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb names folders by the second, and before 0.22.3 it lost what the later part wrote."""
+    second = time.time()
+    monkeypatch.setattr(time, "time", lambda: second)
+    tracking: dict[str, str] = {}
+    for step, name in enumerate(["first", "later", "last"], 1):
+        before = dict(tracking)
+        sink = Wandb(offline, {"lr": 0.1}, tracking)
+        sink.write({"step": step, name: 2.5})
+        sink.close()
+        assert tracking["wandb"] and before in ({}, tracking)
+    found = [
+        [name for name in (b"train/first", b"train/later", b"train/last") if name in content]
+        for content in offline_files(tmp_path)
+    ]
+    assert sorted(found) == [[b"train/first"], [b"train/last"], [b"train/later"]]
 
 
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
