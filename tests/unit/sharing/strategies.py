@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, Solver, Start, Tolerance
-
-# A busy machine is no fault of the code, so time is not judged.
-settings.register_profile(
-    "kvshare", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("kvshare")
 
 NINE = tuple(
     f"{partition}-{position}"
