@@ -16,6 +16,8 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from tests.distributed.world import Layout, World, free_port
 
 TWO = Layout(data=2)
+LONGEST_SECONDS = 60
+"""A third of what the command waits for by itself."""
 
 
 def doctor(
@@ -26,12 +28,14 @@ def doctor(
     if state.rank == absent:
         return None
     os.environ["MASTER_PORT"] = str(port)
+    started = time.monotonic()  # not before: the workers may have to be started
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             code = main(["doctor", "--distributed", *flags])
         except SystemExit as left:
             code = left.code
+    assert time.monotonic() - started < LONGEST_SECONDS
     return code, output.getvalue()
 
 
@@ -62,9 +66,7 @@ def test_what_is_wrong_is_told_once_and_ends_all(world: World, tmp_path: Path) -
 
 @pytest.mark.parametrize("absent", [0, 1])
 def test_a_missing_rank_is_told_not_waited_for(world: World, absent: int) -> None:
-    started = time.monotonic()
-    answers = checked(world, "--timeout-seconds", 1, absent=absent)
-    assert time.monotonic() - started < 30
+    answers = checked(world, "--timeout-seconds", 3, absent=absent)
     code, message = answers[1 - absent]
     assert code == 69
     assert ("ranks = '1'" if absent else "the first rank did not answer rank 1") in message

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.world import Layout, WorkerError, World
+from tests.distributed.world import PATIENCE_SECONDS, Layout, WorkerError, World, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +28,7 @@ def misbehave(state, layout, how: str) -> None:
         raise ValueError("a remote fault")
     if how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
+    time.sleep(2 * PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +60,9 @@ def small_world() -> Iterator[World]:
 def test_a_failed_job_ends_the_workers(how, message, small_world):
     small_world.run(describe, Layout(), "ready")
     before = workers_of(os.getpid())
-    started = time.monotonic()
+    patience = {"timeout_seconds": 3} if how == "hang" else {}
     with pytest.raises(WorkerError, match=message):
-        small_world.run(misbehave, Layout(), how, timeout_seconds=3)
-    assert time.monotonic() - started < 10
+        small_world.run(misbehave, Layout(), how, **patience)
     assert before - workers_of(os.getpid()), "the worker is still there"
 
 
@@ -74,15 +75,17 @@ def test_the_job_after_a_failure_gets_new_workers(small_world):
 
 def workers_of(parent: int) -> set[int]:
     """Process ids of the spawned children of a process."""
-    found = set()
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent and fields[0] != "Z":
-            found.add(int(status.parent.name))
-    return found
+    ids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return {each for each in ids if parent_of(each) == parent}
+
+
+def parent_of(process: int) -> int | None:
+    """None for one that has ended, whether or not somebody has asked for its exit code."""
+    try:
+        state, parent, *_ = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state == "Z" else int(parent)
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
@@ -108,7 +111,20 @@ def test_workers_do_not_outlive_a_killed_parent():
     assert len(workers) >= 2
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while any(parent_of(worker) is not None for worker in workers):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.2)
+
+
+def test_ports_are_of_this_process_alone_and_none_is_given_twice_in_a_row():
+    mine = [free_port() for _ in range(50)]
+    code = "from tests.distributed.world import free_port; print([free_port() for _ in range(50)])"
+    other = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len({*mine, *json.loads(other.stdout)}) == 100
+    with socket.socket() as taken:
+        taken.bind(("", free_port()))
+        ports = {free_port() for _ in range(200)}
+        assert taken.getsockname()[1] not in ports and len(ports) > 50

@@ -13,6 +13,8 @@ This module must stay cheap to import: workers set their environment before anyt
 
 from __future__ import annotations
 
+import functools
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -20,11 +22,16 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
+
+PATIENCE_SECONDS = 600
+"""After this, something hangs: many times what any job takes, on a machine that is busy with others
+too. No test counts on it."""
+_FIRST_PORT, _LAST_PORT, _PORTS_EACH = 20_000, 32_000, 100
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class World:
         function: Callable[..., Any],
         layout: Layout,
         *arguments: Any,
-        timeout_seconds: float = 120,
+        timeout_seconds: float = PATIENCE_SECONDS,
     ) -> list[Any]:
         """`function(state, layout, *arguments)` on every rank of the layout; results in the order
         of ranks.
@@ -148,9 +155,35 @@ def receive(connection: Connection, rank: int) -> Any:
 
 
 def free_port() -> int:
+    """A port that nothing uses, nor will before whoever asks does."""
+    _, ports = _own_ports()
+    return next(port for port in itertools.islice(ports, _PORTS_EACH) if _is_free(port))
+
+
+@functools.cache
+def _own_ports() -> tuple[socket.socket, Iterator[int]]:
+    """A stretch of ports for this process, in turn, and the claim to it: the UDP port of the same
+    number as the first. They lie below those that the system gives to whoever asks for any."""
+    for first in range(_FIRST_PORT, _LAST_PORT, _PORTS_EACH):
+        claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            claim.bind(("127.0.0.1", first))
+        except OSError:  # another test process has it
+            claim.close()
+            continue
+        return claim, itertools.cycle(range(first, first + _PORTS_EACH))
+    raise RuntimeError(f"every stretch of ports from {_FIRST_PORT} to {_LAST_PORT} is in use")
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        # As torch's store does: what is left of connections that have ended is no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 # In the worker ------------------------------------------------------------------------------------

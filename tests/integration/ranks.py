@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.distributed.world import free_port
+from tests.distributed.world import PATIENCE_SECONDS, free_port
 from tests.integration.pretrain_jobs import SMALL
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
@@ -33,14 +33,14 @@ class Ranks:
                 process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
             self.processes.append(process)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = PATIENCE_SECONDS) -> list[int]:
         """Exit codes."""
         end = time.monotonic() + timeout
         return [each.wait(max(0.1, end - time.monotonic())) for each in self.processes]
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
         """False where all ranks have ended before."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             if all(each.poll() is not None for each in self.processes):
                 return condition()
