@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.world import PATIENCE_SECONDS
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS, CHARACTERS = 100, 3000
 """What the copy keeps of the corpus: messages, and the start of each."""
@@ -37,7 +39,10 @@ class Workspace:
             corpus.write_bytes(lzma.compress(shortened(lzma.decompress(corpus.read_bytes()))))
 
     def bash(
-        self, code: str, more: Mapping[str, str] | None = None, timeout_seconds: float = 300
+        self,
+        code: str,
+        more: Mapping[str, str] | None = None,
+        timeout_seconds: float = PATIENCE_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
         """Run bash code there, stopping at the first failing command."""
         environment = {

@@ -18,7 +18,7 @@ from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.sinks import Record
 from megatron_kvshare.train.stopping import StopWish
-from tests.distributed.world import Layout
+from tests.distributed.world import PATIENCE_SECONDS, Layout
 from tests.integration.pretrain_jobs import Log, Outcome, config_of, run_pretrain
 
 
@@ -47,7 +47,9 @@ class Gate(Log):
             self._open.set()
 
     def pass_through(self, write: Callable[..., None], *arguments: Any) -> None:
-        assert self._open.wait(60), "training does not go on while a checkpoint is written"
+        assert self._open.wait(PATIENCE_SECONDS / 2), (
+            "training does not go on while a checkpoint is written"
+        )
         write(*arguments)
 
 

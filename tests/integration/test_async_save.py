@@ -11,7 +11,7 @@ import pytest
 
 from megatron_kvshare.checkpoint.folder import latest_iteration
 from megatron_kvshare.checkpoint.manifest import MANIFEST
-from tests.distributed.world import Layout, World
+from tests.distributed.world import PATIENCE_SECONDS, Layout, World
 from tests.integration.pretrain_jobs import SMALL, losses, run_pretrain
 from tests.integration.saving_jobs import run_on_a_small_disk, train_on_while_saving
 
@@ -113,7 +113,10 @@ def test_killed_while_writing(world: World, tmp_path: Path, beside: bool) -> Non
     flags = ["--save", str(tmp_path), "--save-interval", "2", *["--async-save"] * beside]
     command = [sys.executable, "-m", "tests.integration.saving_jobs", "pretrain", *SMALL, *flags]
     done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == -9
     assert [path.name for path in tmp_path.glob("*.partial")] == ["iter_0000004.partial"]

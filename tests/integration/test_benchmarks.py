@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.distributed.world import PATIENCE_SECONDS
 from tests.integration.conftest import ROOT
 
 pytestmark = pytest.mark.nightly
@@ -22,6 +23,8 @@ QUICK = {
 def test_a_benchmark_reports_what_it_measured(name, tmp_path):
     words = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *QUICK[name]]
     words += ["--json", str(tmp_path / "found.json")]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "found.json").read_text())

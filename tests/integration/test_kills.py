@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from megatron_kvshare.checkpoint import folder as folders
-from tests.distributed.world import World
+from tests.distributed.world import PATIENCE_SECONDS, World
 from tests.integration.pretrain_jobs import MAPS, SMALL, losses
 from tests.integration.ranks import Ranks, started
 from tests.integration.test_pretrain import TWO, run
@@ -88,7 +88,7 @@ def test_torchrun_starts_a_killed_worker_again(world: World, tmp_path: Path) -> 
         ]
         assert len(workers) == 2
         workers[1].send_signal(signal.SIGKILL)
-        assert job.wait(120) == 0, output.read_text()
+        assert job.wait(PATIENCE_SECONDS) == 0, output.read_text()
     finally:
         job.kill()
     assert "Continuing from" in output.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kvshare.cli.main import main
-from tests.distributed.world import Layout, World
+from tests.distributed.world import PATIENCE_SECONDS, Layout, World
 from tests.integration.pretrain_jobs import (
     SMALL,
     Accident,
@@ -67,7 +67,11 @@ def test_resume_in_a_fresh_process_is_bit_identical(trained: Path, tmp_path: Pat
     flags = ["--load", str(trained / "save"), "--metrics-file", str(tmp_path / "m.jsonl")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *flags], env=environment, capture_output=True, text=True, timeout=120
+        [*command, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     set_latest(trained / "save", 6)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.world import PATIENCE_SECONDS
 from tests.integration.conftest import ROOT
 
 # Stands for the environment's Python: notes what pip is asked to do instead of doing it.
@@ -43,7 +44,7 @@ class Clone:
             env={**clean, **own},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
         )
 
     def pip_calls(self) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from megatron_kvshare import __version__
 from megatron_kvshare.cli import main as cli
 from megatron_kvshare.errors import DataError, Fault
+from tests.distributed.world import PATIENCE_SECONDS
 
 FAULT = Fault("--data-path", "x", "there is no file x.idx", "name one")
 
@@ -26,7 +27,9 @@ class Raising:
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def test_help_names_every_command(capsys):
@@ -111,7 +114,11 @@ def test_other_ranks_are_silent_about_configuration(monkeypatch, capsys):
 def test_a_reader_that_goes_away_is_no_error():
     command = f"set -o pipefail; {sys.executable} -m megatron_kvshare --help | true"
     done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
     )
     assert done.returncode in (0, cli.EXIT_BROKEN_PIPE)
     assert not done.stderr
@@ -122,7 +129,7 @@ def test_the_module_is_the_command():
         [sys.executable, "-m", "megatron_kvshare", "--version"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
         check=True,
     )
     assert __version__ in done.stdout
