@@ -9,7 +9,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 VERSION_LINE = re.search(
-    r'^__version__ = "([^"]+)"', (ROOT / "megatron_kvshare" / "__init__.py").read_text(), re.M
+    r'^__version__ = "([^"]+)"',
+    (ROOT / "megatron_kvshare" / "__init__.py").read_text("utf-8"),
+    re.M,
 )
 assert VERSION_LINE, "megatron_kvshare/__init__.py must state __version__"
 
@@ -47,7 +49,9 @@ setup(
     name="megatron_kvshare",
     version=VERSION_LINE.group(1),
     description="Pretraining with cross-layer KV sharing on megatron-core, on GPUs or on a laptop",
-    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description=(
+        (ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else ""
+    ),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

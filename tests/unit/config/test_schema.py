@@ -73,7 +73,7 @@ def test_every_setting_explains_itself_and_its_default_is_valid():
 def test_no_setting_is_dead():
     package = Path(megatron_kvshare.__file__).parent
     schema = {package / "config" / f"{name}.py" for name in ("model", "data", "training", "schema")}
-    sources = [path.read_text() for path in package.rglob("*.py") if path not in schema]
+    sources = [path.read_text("utf-8") for path in package.rglob("*.py") if path not in schema]
     # `group.name` in code, or "name" where settings are visited by name.
     text = "\n".join([*sources, inspect.getsource(ModelConfig), inspect.getsource(TrainConfig)])
     names = [setting.name for setting in settings_of(PretrainConfig)]

@@ -34,7 +34,7 @@ def test_sentencepiece_keeps_any_text(tokenizer_model: str) -> None:
 
 
 def test_hugging_face_file_and_folder(tokenizer_json: Path) -> None:
-    vocabulary = json.loads(tokenizer_json.read_text())["model"]["vocab"]
+    vocabulary = json.loads(tokenizer_json.read_text("utf-8"))["model"]["vocab"]
     for place in (tokenizer_json, tokenizer_json.parent):
         tokenizer = load_tokenizer("HuggingFaceTokenizer", str(place))
         assert tokenizer.vocab_size == len(vocabulary)

@@ -39,7 +39,7 @@ def test_one_long_line_is_learned_from(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("SentencePieceTokenizer", str(trained.model))
     assert trained.text_bytes == 48_000
     assert len(tokenizer.encode("zyxwv utsrq")) <= 2
-    assert len(trained.vocab.read_text().splitlines()) == 288
+    assert len(trained.vocab.read_text("utf-8").splitlines()) == 288
 
 
 def test_the_same_text_gives_the_same_bytes(tmp_path: Path) -> None:

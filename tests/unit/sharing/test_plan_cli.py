@@ -102,10 +102,7 @@ def test_warnings_stay_off_stdout(capsys: Capture) -> None:
     "flags",
     ["--kv-pattern sandwich-top --kv-layers 3", "--kv-pattern yoco", "--kv-pattern gemma:8", ""],
 )
-def test_the_drawing_fits_80_columns(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch, flags: str
-) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+def test_the_drawing_fits_80_columns(capsys: Capture, flags: str) -> None:
     assert main(["plan", *flags.split()]) == 0
     out = capsys.readouterr().out
     table, _, footer = out.partition("Shape:")
