@@ -45,8 +45,9 @@ class Workspace:
         timeout_seconds: float = PATIENCE_SECONDS,
     ) -> subprocess.CompletedProcess[str]:
         """Run bash code there, stopping at the first failing command."""
+        outside_a_job = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
         environment = {
-            **os.environ,
+            **outside_a_job,
             "SKIP_SETUP": "1",
             "PYTHON": sys.executable,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

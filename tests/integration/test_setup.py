@@ -38,7 +38,8 @@ class Clone:
 
     def setup(self, **more: str) -> subprocess.CompletedProcess[str]:
         own = {"PYTHON": sys.executable, "VENV": str(self.venv), **more}
-        clean = {key: value for key, value in os.environ.items() if key != "TORCH_INDEX_URL"}
+        read = ("TORCH_INDEX_URL", "SKIP_SETUP")
+        clean = {name: value for name, value in os.environ.items() if name not in read}
         return subprocess.run(
             ["bash", str(self.folder / "tools" / "setup_env.sh")],
             env={**clean, **own},
