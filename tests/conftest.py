@@ -6,26 +6,29 @@ machine) or, with `-m gpu`, on GPUs, where the same suites compare with the CPU'
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from tests.distributed.world import World
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A busy machine is no fault of the code, so time is not judged; and a run of the suite tries the
-# same examples as the one before, so that what fails is what has changed.
-settings.register_profile(
-    "kvshare",
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("kvshare")
+with contextlib.suppress(ImportError):  # a GPU machine runs its suites without hypothesis
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine is no fault of the code, so time is not judged; and a run of the suite tries
+    # the same examples as the one before, so that what fails is what has changed.
+    settings.register_profile(
+        "kvshare",
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("kvshare")
 
 
 def pytest_configure(config: pytest.Config) -> None:
