@@ -40,6 +40,7 @@ from torch.futures import Future
 
 from megatron_kvshare.checkpoint.metadata import damaged
 from megatron_kvshare.checkpoint.parts import Part
+from megatron_kvshare.megatron_api.memory import shortage
 
 
 def write_parts(parts: Sequence[Part], folder: Path, group: dist.ProcessGroup | None) -> None:
@@ -49,6 +50,7 @@ def write_parts(parts: Sequence[Part], folder: Path, group: dist.ProcessGroup | 
 
     Raises:
         OSError: on every rank, if it fails on one.
+        Exception: what says that memory ran out, on the rank where it did.
     """
     try:
         torch_checkpoint.save(
@@ -58,6 +60,7 @@ def write_parts(parts: Sequence[Part], folder: Path, group: dist.ProcessGroup | 
             process_group=group,
         )
     except CheckpointException as error:  # no Exception: a collection of what every rank met
+        _raise_shortage(error, dist.get_rank(group))
         raise OSError(_first_reason(error)) from error
 
 
@@ -66,6 +69,7 @@ def read_parts(parts: Sequence[Part], folder: Path, metadata: Metadata) -> None:
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or the files are damaged.
+        Exception: what says that memory ran out.
     """
     for part in parts:
         _check(part, folder, metadata)
@@ -79,7 +83,15 @@ def read_parts(parts: Sequence[Part], folder: Path, metadata: Metadata) -> None:
                 no_dist=True,
             )
     except CheckpointException as error:
+        _raise_shortage(error, 0)  # read without the others, torch numbers it 0
         raise damaged(folder, f"its tensors cannot be read: {_first_reason(error)}") from error
+
+
+def _raise_shortage(error: CheckpointException, rank: int) -> None:
+    """Memory that ran out is no fault of the disk or of what is on it."""
+    mine = error.failures.get(rank)
+    if mine is not None and shortage(mine[0]):
+        raise mine[0] from None
 
 
 def _first_reason(error: CheckpointException) -> str:
