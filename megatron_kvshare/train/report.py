@@ -75,7 +75,7 @@ def _layout_lines(
     config: PretrainConfig, vocab_size: int, world_size: int, device: str
 ) -> list[str]:
     layout, parallel, train = batch_layout(config, world_size), config.parallel, config.train
-    memory = _memory(config, vocab_size, layout.data_parallel_size)
+    memory = memory_per_process(config, vocab_size, world_size)
     tokens = layout.global_batch_size * config.model.seq_length
     tensor = f"tensor parallel {parallel.tensor_model_parallel_size}"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1:
@@ -89,12 +89,10 @@ def _layout_lines(
         f"{train.micro_batch_size} x {layout.num_microbatches} microbatches x data parallel "
         f"{layout.data_parallel_size}",
         f"{train.train_iters:,} steps, {train.train_iters * tokens:,} tokens",
-        f"memory per process, estimated: {_mib(memory.total)} = weights {_mib(memory.weights)}"
-        f" + gradients {_mib(memory.gradients)} + optimizer {_mib(memory.optimizer)}"
-        f" + activations {_mib(memory.activations)} + logits {_mib(memory.logits)}",
+        f"memory per process, estimated: {by_part(memory)}",
     ]
     if config.checkpoint.async_save:
-        copy = _mib(memory.weights + memory.optimizer)
+        copy = mib(memory.weights + memory.optimizer)
         lines.append(f"--async-save: a copy of up to {copy} per process in host memory")
     return ["Layout", *_indented(lines), *_indented(_stage_lines(config, vocab_size))]
 
@@ -105,12 +103,13 @@ def _stage_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
     return pipeline_lines(config.model, config.sharing, config.parallel, micro, shape)
 
 
-def _memory(config: PretrainConfig, vocab_size: int, data_parallel: int) -> TrainingMemory:
+def memory_per_process(config: PretrainConfig, vocab_size: int, world_size: int) -> TrainingMemory:
+    """The estimate for the process that needs most."""
     parallel = config.parallel
     layout = TrainingLayout(
         micro_batch_size=config.train.micro_batch_size,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        data_parallel_size=data_parallel,
+        data_parallel_size=batch_layout(config, world_size).data_parallel_size,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         sequence_parallel=parallel.sequence_parallel,
         bf16=config.model.bf16,
@@ -121,6 +120,20 @@ def _memory(config: PretrainConfig, vocab_size: int, data_parallel: int) -> Trai
     if parallel.pipeline_model_parallel_size == 1:
         return whole
     return on_fullest_rank(whole, shape, placement(config.model, config.sharing, parallel))
+
+
+def by_part(memory: TrainingMemory) -> str:
+    """The sum and what it consists of."""
+    return (
+        f"{mib(memory.total)} = weights {mib(memory.weights)}"
+        f" + gradients {mib(memory.gradients)} + optimizer {mib(memory.optimizer)}"
+        f" + activations {mib(memory.activations)} + logits {mib(memory.logits)}"
+    )
+
+
+def mib(size: int) -> str:
+    """Bytes, for a reader."""
+    return f"{size / _MIB:,.0f} MiB"
 
 
 def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
@@ -183,7 +196,3 @@ def _without(command: Sequence[str], *flags: str) -> list[str]:
 
 def _indented(lines: Sequence[str]) -> list[str]:
     return ["  " + line for line in lines]
-
-
-def _mib(size: int) -> str:
-    return f"{size / _MIB:,.0f} MiB"
