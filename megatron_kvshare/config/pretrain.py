@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
 from megatron_kvshare.config.pipeline import PIPELINE_RULES, microbatch_faults
-from megatron_kvshare.config.rule import Rule
+from megatron_kvshare.config.rule import Rule, broken
 from megatron_kvshare.config.rules_model import (
     MODEL_RULES,
     PARALLEL_RULES,
     SHARING_RULES,
     sharing_map,
 )
-from megatron_kvshare.config.rules_run import RUN_RULES, world_size_faults
+from megatron_kvshare.config.rules_run import RUN_RULES, batch_fits, world_size_faults
 from megatron_kvshare.config.rules_solver import (
     SOLVER_RULES,
     recipe_warnings,
@@ -48,6 +49,15 @@ torchrun --nproc_per_node 8 -m megatron_kvshare pretrain \\
 kvshare pretrain --config run.yaml --kv-pattern pizza-bottom
 """
 
+_LAYOUT_RULES: tuple[Rule[Any], ...] = (
+    *MODEL_RULES,
+    *SHARING_RULES,
+    *SOLVER_RULES,
+    *PARALLEL_RULES,
+    *PIPELINE_RULES,
+    subsets_fit_sequence_parallel,
+)
+
 
 @dataclass(frozen=True)
 class BatchLayout:
@@ -70,11 +80,7 @@ def parse_pretrain(argv: Sequence[str], environ: Mapping[str, str] = os.environ)
     """
 
     def processes_fit(config: PretrainConfig) -> list[Fault]:
-        size = world_size(config, environ)
-        faults = list(world_size_faults(config, size))
-        if faults:
-            return faults
-        return list(microbatch_faults(config, batch_layout(config, size).num_microbatches))
+        return _process_faults(config, world_size(config, environ))
 
     reads = (
         "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"
@@ -85,19 +91,24 @@ def parse_pretrain(argv: Sequence[str], environ: Mapping[str, str] = os.environ)
         prog="kvshare pretrain",
         description=_DESCRIPTION,
         examples=_EXAMPLES,
-        rules=(
-            *MODEL_RULES,
-            *SHARING_RULES,
-            *SOLVER_RULES,
-            *PARALLEL_RULES,
-            *PIPELINE_RULES,
-            subsets_fit_sequence_parallel,
-            *RUN_RULES,
-            processes,
-        ),
+        rules=(*_LAYOUT_RULES, *RUN_RULES, processes),
         megatron=MEGATRON_FLAGS,
     )
     return parse(PretrainConfig, argv, command)
+
+
+def layout_faults(config: PretrainConfig, world_size: int) -> list[Fault]:
+    """What is wrong with running on ``world_size`` processes, were the configuration checked before
+    its model, recipe, parallelism or batch were changed."""
+    faults = list(broken((*_LAYOUT_RULES, batch_fits), config, frozenset()))
+    return faults or _process_faults(config, world_size)
+
+
+def _process_faults(config: PretrainConfig, world_size: int) -> list[Fault]:
+    faults = list(world_size_faults(config, world_size))
+    if faults:
+        return faults
+    return list(microbatch_faults(config, batch_layout(config, world_size).num_microbatches))
 
 
 def world_size(config: PretrainConfig, environ: Mapping[str, str] = os.environ) -> int:
