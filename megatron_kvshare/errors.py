@@ -94,6 +94,12 @@ class DivergenceError(TrainingError):
     exit_code = EXIT_DIVERGED
 
 
+class OutOfMemoryError(KVShareError):
+    """A device, or its host, has less memory than the run needs."""
+
+    title = "out of memory"
+
+
 class LostError(KVShareError):
     """A rank died, hung or cannot be reached: nothing to correct, the job can be started again."""
 

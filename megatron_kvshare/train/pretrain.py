@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.cost import train_flops_per_token
 from megatron_kvshare.train import report
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics, measured_peak_tflops
+from megatron_kvshare.train.out_of_memory import within_memory
+from megatron_kvshare.train.pulse import Pulse
 from megatron_kvshare.train.report import Typed
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
@@ -20,11 +24,15 @@ from megatron_kvshare.train.watchdog import watched
 def pretrain(config: PretrainConfig, state: ParallelState, typed: Typed) -> Run:
     """Train and return the run. ``typed`` is the user's command, for the closing words."""
     with stop_wish(config.train.exit_duration_in_mins) as wish:
-        return _pretrain(config, state, typed, wish)
+        pulse = Pulse()
+        work = partial(_pretrain, config, state, typed, wish, pulse)
+        return within_memory(work, config, state, pulse)
 
 
-def _pretrain(config: PretrainConfig, state: ParallelState, typed: Typed, wish: StopWish) -> Run:
-    run = prepare(config, state)
+def _pretrain(
+    config: PretrainConfig, state: ParallelState, typed: Typed, wish: StopWish, pulse: Pulse
+) -> Run:
+    run = prepare(config, state, pulse)
     if state.is_first:
         device = str(state.platform.device)
         print(report.start(config, run.data.plan, state.world_size, device))
@@ -33,9 +41,9 @@ def _pretrain(config: PretrainConfig, state: ParallelState, typed: Typed, wish: 
         print(flush=True)
     with together(state):
         metrics = _metrics(run)
-    run.pulse.beat("starting")
+    pulse.beat("starting")
     try:
-        with watched(run.pulse, state, 60 * config.parallel.distributed_timeout_minutes):
+        with watched(pulse, state, 60 * config.parallel.distributed_timeout_minutes):
             valid_loss = train(run, metrics, wish)
     finally:
         metrics.close()

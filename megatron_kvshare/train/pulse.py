@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+SETTING_UP, BUILDING, LOADING = "setting up", "building the model", "loading the checkpoint"
+VALIDATION, SAVING = "validation", "saving"
+"""What a rank does apart from training, in messages; advice about memory depends on it."""
+
 
 class Doing(NamedTuple):
     """``what`` began in ``step`` at ``since`` (monotonic seconds)."""
@@ -18,7 +22,7 @@ class Pulse:
     """Written by the main thread, read by another."""
 
     def __init__(self) -> None:
-        self.now = Doing(0, "setting up", time.monotonic())
+        self.now = Doing(0, SETTING_UP, time.monotonic())
 
     def beat(self, what: str, step: int | None = None) -> None:
         """Something new begins, in the same step unless it says so."""

@@ -14,6 +14,7 @@ from megatron_kvshare.checkpoint.save import Written, content
 from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.megatron_api.optimizer import gathered_parameters
+from megatron_kvshare.train.pulse import SAVING
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import run_identity
 from megatron_kvshare.train.together import together, warn
@@ -32,7 +33,7 @@ def save(run: Run, last: bool = False, remove_older: bool = True) -> None:
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are intact.
     """
-    run.pulse.beat("saving")
+    run.pulse.beat(SAVING)
     assert run.saver is not None
     settle(run, wait=True, last=last)
     with _failures(run, last):

@@ -41,6 +41,9 @@ from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
+from megatron_kvshare.sharing.placement import Placement
+from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.train.pulse import BUILDING, LOADING, Pulse
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.together import together, warn
 
@@ -59,12 +62,14 @@ def data_request(
     )
 
 
-def prepare(config: PretrainConfig, state: ParallelState) -> Run:
-    """Open the data, build the model and its optimizer, continue from a checkpoint if there is one.
+def prepare(config: PretrainConfig, state: ParallelState, pulse: Pulse | None = None) -> Run:
+    """Open the data, build the model and its optimizer, continue from a checkpoint if there is one;
+    ``pulse`` is told.
 
     Raises:
         KVShareError: on the first rank with a fault; the others leave with it.
     """
+    pulse = pulse or Pulse()
     torch.manual_seed(config.train.seed)
     layout = batch_layout(config, state.world_size)
     with together(state):
@@ -73,26 +78,22 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
     with together(state):
         vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
         data = _open_data(config, layout, vocabulary, state)
-        found = find_checkpoint(
-            settings,
-            run_identity(config, vocabulary),
-            state.world_size,
-            iteration,
-        )
+        made_of = run_identity(config, vocabulary)
+        found = find_checkpoint(settings, made_of, state.world_size, iteration)
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
+    pulse.beat(BUILDING)
     plan = execution_plan(config.model, config.sharing)
     shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)
     cut = placement(config.model, config.sharing, config.parallel)
-    window = config.sharing.window_size
-    made_of = (config.model, config.parallel, plan, vocabulary.size, state, window)
-    models = [KVShareGPT(*made_of, stage) for stage in cut.stages_of(state.pp_rank)]
+    models = _models(config, state, plan, cut, vocabulary.size)
     if found is None:
         for model in models:
             initialize(model, config.train.seed)
     wrapped = wrap_stages(models, config.parallel)
     optimizer = build_optimizer(wrapped, config.train, config.parallel, config.model.bf16)
     if found is not None:
+        pulse.beat(LOADING)
         with together(state):
             load_checkpoint(found, models, optimizer, state)
     payload = payload_shape(config.model, config.parallel, config.train.micro_batch_size, shape)
@@ -113,6 +114,7 @@ def prepare(config: PretrainConfig, state: ParallelState) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.train),
         progress=Progress(health=Health(fresh=True)) if found is None else found.progress,
+        pulse=pulse,
         saver=Saver(config.checkpoint, state) if config.checkpoint.save else None,
         saved=None if found is None else found.stays,
         continued=None if found is None or settings.finetune else found.folder,
@@ -137,6 +139,19 @@ def _open_data(
         dp_size=state.dp_size,
     )
     return train_data.build(config.data, data_request(config, layout, vocabulary), share)
+
+
+def _models(
+    config: PretrainConfig,
+    state: ParallelState,
+    plan: ExecutionPlan,
+    cut: Placement,
+    vocab_size: int,
+) -> list[KVShareGPT]:
+    """The stages of this rank, without weights that mean anything."""
+    window = config.sharing.window_size
+    made_of = (config.model, config.parallel, plan, vocab_size, state, window)
+    return [KVShareGPT(*made_of, stage) for stage in cut.stages_of(state.pp_rank)]
 
 
 def run_identity(config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from megatron_kvshare.sharing.solver import (
     solver_plan,
 )
 from megatron_kvshare.train.anomaly import vote
+from megatron_kvshare.train.pulse import VALIDATION
 from megatron_kvshare.train.run import Bad, Orders, Run, StepResult
 
 _EXACT_ROUND_THE_PIPELINE = Recipe(
@@ -128,7 +129,7 @@ def _run_batches(
     forward_only: bool = False,
 ) -> torch.Tensor:
     """fp64 sums over ranks, a row for each microbatch: token losses, unmasked tokens, residuals."""
-    there = _announced(run, batches, "validation" if forward_only else "forward and backward")
+    there = _announced(run, batches, VALIDATION if forward_only else "forward and backward")
     passes = _by_tasks if run.spanning else _by_schedule
     sums = passes(run, there, count, how, forward_only)
     return all_reduce_(all_reduce_(sums, run.state.dp_group), run.state.pp_group)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_kvshare.errors import EXIT_LOST, Fault, LostError, runs
+from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
 from megatron_kvshare.train.pulse import Pulse
 
@@ -70,6 +71,8 @@ def watched(pulse: Pulse, state: ParallelState, limit: float) -> Iterator[None]:
 
 
 def _is_communication(error: RuntimeError) -> bool:
+    if shortage(error):
+        return False
     text = str(error).lower()
     return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 

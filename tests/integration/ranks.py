@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.distributed.world import PATIENCE_SECONDS, free_port
@@ -17,13 +17,18 @@ from tests.integration.pretrain_jobs import SMALL
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"}
 
 
+PROGRAM = ("-m", "megatron_kvshare")
+
+
 class Ranks:
     """One start of a job; `output(rank)` is what a rank said."""
 
-    def __init__(self, folder: Path, count: int, flags: list[str]) -> None:
+    def __init__(
+        self, folder: Path, count: int, flags: list[str], program: Sequence[str] = PROGRAM
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(count)]
-        command = [sys.executable, "-m", "megatron_kvshare", "pretrain", *SMALL, *flags]
+        command = [sys.executable, *program, "pretrain", *SMALL, *flags]
         port = str(free_port())
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -48,6 +53,9 @@ class Ranks:
             time.sleep(0.001)
         return True
 
+    def one_has_ended(self) -> bool:
+        return any(each.poll() is not None for each in self.processes)
+
     def kill(self, *ranks: int, number: signal.Signals = signal.SIGKILL) -> None:
         for rank in ranks or range(len(self.processes)):
             self.processes[rank].send_signal(number)
@@ -57,9 +65,11 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def started(folder: Path, count: int, flags: list[str]) -> Iterator[Ranks]:
+def started(
+    folder: Path, count: int, flags: list[str], program: Sequence[str] = PROGRAM
+) -> Iterator[Ranks]:
     """Ranks that are gone when the block is left."""
-    ranks = Ranks(folder, count, flags)
+    ranks = Ranks(folder, count, flags, program)
     try:
         yield ranks
     finally:

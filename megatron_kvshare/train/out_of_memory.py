@@ -1,0 +1,70 @@
+"""Out of memory (L5): one message, with the estimate by part and what would help, ends all ranks.
+
+Nothing is saved: that takes memory, and the ranks are in the middle of a step. The newest
+checkpoint is the one to go on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.data.vocabulary import resolve_vocabulary
+from megatron_kvshare.errors import Fault, OutOfMemoryError
+from megatron_kvshare.megatron_api.memory import Shortage, shortage
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.train.memory_advice import Job, advice
+from megatron_kvshare.train.notes import Notes
+from megatron_kvshare.train.pulse import Pulse
+from megatron_kvshare.train.report import by_part, memory_per_process, mib
+
+T = TypeVar("T")
+
+
+def within_memory(
+    work: Callable[[], T], config: PretrainConfig, state: ParallelState, pulse: Pulse
+) -> T:
+    """What ``work()`` returns. Where it runs out of memory on one rank, all ranks end, whatever
+    they wait for, with the exit code of :class:`OutOfMemoryError` and one message.
+
+    Raises:
+        OutOfMemoryError: in a world of one process; the processes of a larger one end here.
+    """
+    notes = Notes(state)
+    notes.listen()
+    try:
+        return work()
+    except (Exception, SystemExit) as error:
+        found = shortage(error)
+        if found is None:
+            notes.heed()
+            raise
+    finally:
+        notes.stop_listening()
+    # After the except block: the error is gone, and with it the tensors that its frames held.
+    notes.end_all(OutOfMemoryError(_fault(found, config, state, pulse)))
+
+
+def _fault(found: Shortage, config: PretrainConfig, state: ParallelState, pulse: Pulse) -> Fault:
+    now, device = pulse.now, state.platform.device
+    memory = "host memory" if found.on_host else str(device)
+    where = f"step {now.step}, {now.what}, rank {state.rank} on {memory}"
+    # Read again: what runs out of memory first is the building of what knows it otherwise.
+    vocab_size = resolve_vocabulary(config.data, config.model.vocab_size).size
+    job = Job(config, vocab_size, state.world_size, now.what)
+    estimate = by_part(memory_per_process(config, vocab_size, state.world_size))
+    rule = f"memory per process, estimated: {estimate}{_measured(device)}"
+    choices = "".join(f"\n  {line}" for line in advice(job, found))
+    return Fault(where, found.said, rule, f"one or several of these (estimate with each):{choices}")
+
+
+def _measured(device: torch.device) -> str:
+    """What the device has, and what was allocated on it."""
+    if device.type != "cuda":
+        return ""
+    total = torch.cuda.get_device_properties(device).total_memory
+    peak = torch.cuda.max_memory_allocated(device)
+    return f"; the device has {mib(total)}, of which at most {mib(peak)} were allocated at once"
