@@ -20,11 +20,15 @@ CASES: dict[str, dict[str, Any]] = {
         "kv_layers": 3,
         "kv_forward_passes": 1,
     },
-    "sandwich-top, fast": {"kv_pattern": "sandwich-top", "kv_layers": 3, "kv_recipe": "fast"},
-    "sandwich-top, cheapest": {
+    "sandwich-top, two-sweep": {
         "kv_pattern": "sandwich-top",
         "kv_layers": 3,
-        "kv_recipe": "cheapest",
+        "kv_recipe": "two-sweep",
+    },
+    "sandwich-top, one-sweep": {
+        "kv_pattern": "sandwich-top",
+        "kv_layers": 3,
+        "kv_recipe": "one-sweep",
     },
 }
 

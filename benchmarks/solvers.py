@@ -58,16 +58,16 @@ RECIPE_FLAGS = {
     "once": [],  # maps without upward layers
     "paper": ["--kv-recipe", "paper"],
     "jacobi-1-2": ["--kv-forward-passes", "1", "--kv-backward-passes", "2"],
-    "fast": ["--kv-recipe", "fast"],
-    "cheapest": ["--kv-recipe", "cheapest"],
+    "two-sweep": ["--kv-recipe", "two-sweep"],
+    "one-sweep": ["--kv-recipe", "one-sweep"],
 }
-CYCLIC = ("fast", "cheapest", "jacobi-1-2", "paper")
+CYCLIC = ("two-sweep", "one-sweep", "jacobi-1-2", "paper")
 TRIALS = [
     *(Trial("sandwich-top", recipe, 1) for recipe in CYCLIC),
     *(Trial(name, "once", 1) for name in ("standard", "pizza-bottom")),
     *(Trial("sandwich-top", recipe, 2) for recipe in CYCLIC),
     *(Trial("sandwich-middle", recipe, 1) for recipe in CYCLIC),
-    Trial("sandwich-top", "cheapest", 1, long=True),
+    Trial("sandwich-top", "one-sweep", 1, long=True),
     *(Trial(name, "once", 2) for name in ("standard", "pizza-bottom")),
 ]
 

@@ -1,7 +1,7 @@
 """Time of one training step: every named map over the standard map, and the standard map over
 transformers.
 
-    python benchmarks/train_step.py [--rounds 7] [--threads 2] [--recipes fast] [--json FILE]
+    python benchmarks/train_step.py [--rounds 7] [--threads 2] [--recipes two-sweep] [--json FILE]
 
 Each model's step is timed directly after a step of its reference, once per round, in one process;
 "ratio" is the median over rounds of the ratio within a pair, "best/best" the ratio of the two
@@ -43,7 +43,7 @@ from megatron_kvshare.pipeline.chunk import StageChunk
 from megatron_kvshare.sharing.cost import standard_plan, train_factor, train_step_flops
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.solver import RECIPES, solver_plan
+from megatron_kvshare.sharing.solver import RECIPES, current_name, solver_plan
 
 BATCH, SEQ, VOCAB = 4, 256, 4096
 MODEL = ModelConfig(
@@ -61,11 +61,11 @@ TRAIN = TrainConfig(lr=3e-4, train_iters=1000, weight_decay=0.1, clip_grad=1.0)
 NINE = [f"{p}-{q}" for p in ("pizza", "sandwich", "lasagna") for q in ("bottom", "middle", "top")]
 
 TARGETS = {
-    ("fast", "sandwich-top", 3): 1.30,
-    ("fast", "sandwich-top", 6): 1.20,
-    ("fast", "sandwich-middle", 3): 1.20,
+    ("two-sweep", "sandwich-top", 3): 1.30,
+    ("two-sweep", "sandwich-top", 6): 1.20,
+    ("two-sweep", "sandwich-middle", 3): 1.20,
     **{
-        ("cheapest", f"sandwich-{position}", n): 1.15
+        ("one-sweep", f"sandwich-{position}", n): 1.15
         for position in ("top", "middle")
         for n in (3, 6)
     },
@@ -246,7 +246,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--maps", nargs="*", default=NINE, help="patterns; default: all nine")
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="default: all named")
+    parser.add_argument(
+        "--recipes", nargs="*", default=list(RECIPES), type=current_name, help="default: all named"
+    )
     parser.add_argument("--json", help="write the rows to this file too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "uptrain"
 RESULTS = ROOT / "docs" / "uptraining" / "results.json"
 STEPS, KV_LAYERS = 100, 15
+RECIPE = ["--kv-recipe", "one-sweep"]
 INITS = ("mean", "target", "aligned", "random")
 MAPS = ("sandwich-middle", "pizza-bottom")
 
@@ -49,7 +50,8 @@ class Trial:
     def map_flags(self) -> list[str]:
         if self.init is None:
             return []
-        return ["--kv-pattern", self.map, "--kv-layers", str(KV_LAYERS)]
+        flags = ["--kv-pattern", self.map, "--kv-layers", str(KV_LAYERS)]
+        return flags + RECIPE if "middle" in self.map else flags
 
 
 TRIALS = [Trial("standard", None), *(Trial(map, init) for map in MAPS for init in INITS)]

@@ -5,6 +5,8 @@
 # From the environment (the example scripts set the first three):
 #   SIZE             1b or 110m: examples/configs/SIZE.yaml
 #   KV_PATTERN       the sharing map; KV_LAYERS: how many layers keep KV; WINDOW_SIZE: tokens, for windowed maps
+#   KV_RECIPE        how a map with upward layers is computed: one-sweep, two-sweep or paper (default: that of the
+#                    checkpoint in SAVE, two-sweep without one)
 #   DATA_PATH        prefix of .bin/.idx files, or a blend "0.7 A 0.3 B"; left out: the embedded corpus
 #   TOKENIZER_MODEL  SentencePiece file, or folder of a Hugging Face tokenizer; belongs to DATA_PATH
 #   SAVE             folder for checkpoints; a run that finds one there continues (default: runs/NAME/checkpoint)
@@ -87,6 +89,14 @@ if [[ -n "${KV_LAYERS:-}" ]]; then FLAGS+=(--kv-layers "$KV_LAYERS"); fi
 if [[ "$KV_PATTERN" == yoco || -n "${WINDOW_SIZE:-}" ]]; then
   FLAGS+=(--window-size "${WINDOW_SIZE:-$(($(yaml_number "$CONFIG" seq-length) / 2))}")
 fi
+case "$KV_PATTERN" in
+  *-middle* | *-top | lckv:*) # what has upward layers
+    # A run that finds a checkpoint goes on with its recipe, and --kv-* arguments mean what they mean without a name.
+    if [[ -n "${KV_RECIPE:-}" || ( ! -e "$SAVE/latest_checkpointed_iteration.txt" && " $*" != *" --kv-"* ) ]]; then
+      FLAGS+=(--kv-recipe "${KV_RECIPE:-two-sweep}")
+    fi
+    ;;
+esac
 if [[ "$TP" -gt 1 ]]; then
   FLAGS+=(--tensor-model-parallel-size "$TP" --sequence-parallel)
   # megatron-core starts a collective before the product it overlaps; one queue keeps that order on GPUs.

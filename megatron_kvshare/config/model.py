@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from megatron_kvshare.config.types import SCHEMA, Count, Index, NonNegative, Positive, dataclass
+from megatron_kvshare.sharing.solver import current_name
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)
@@ -105,6 +108,10 @@ class ModelConfig:
         return -(-size // multiple) * multiple
 
 
+RecipeName = Annotated[Literal["one-sweep", "two-sweep", "paper"], BeforeValidator(current_name)]
+"""A name of :data:`RECIPES`; the earlier ones become today's."""
+
+
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)
 class SharingConfig:
     """KV sharing: which layer's keys and values each layer reads, and how cyclic maps are
@@ -120,11 +127,11 @@ class SharingConfig:
     a sliding window, as in 0_1s_1s_3."""
     window_size: Count | None = None
     """Sliding-window width in tokens for the layers marked s; the token itself counts."""
-    kv_recipe: Literal["paper", "fast", "cheapest"] | None = None
-    """How cyclic maps are computed, by name: paper is jacobi(7,2), fast strided(4;1,1) with
-    projection at use, cheapest strided(4;0,1) from input; the next six flags change single parts
-    of it. Left out: cheapest; paper with --kv-forward-passes, --kv-backward-passes or --kv-solver
-    jacobi."""
+    kv_recipe: RecipeName | None = None
+    """How cyclic maps are computed, by name: one-sweep is strided(4;0,1) from input, two-sweep
+    strided(4;1,1) with projection at use, paper jacobi(7,2); the next six flags change single parts
+    of it. The earlier names cheapest (one-sweep) and fast (two-sweep) are still taken. Left out:
+    two-sweep; paper with --kv-forward-passes, --kv-backward-passes or --kv-solver jacobi."""
     kv_solver: Literal["jacobi", "strided"] | None = None
     """jacobi: every token reads the pass before; strided: a pass visits interleaved token subsets
     one after another, and each reads what the earlier ones have refreshed."""

@@ -114,8 +114,8 @@ def warn_of_gap(run: Run, gap: float | None) -> None:
     warn(
         run.state,
         f"the exact loss, which decoding has, is {gap:+.4f} from the loss after this run's"
-        f" passes (--kv-gap-warning {limit:g}). Train with more of them: --kv-recipe fast or paper,"
-        f" or --kv-forward-passes above {passes}.",
+        f" passes (--kv-gap-warning {limit:g}). Train with more of them: --kv-recipe two-sweep or"
+        f" paper, or --kv-forward-passes above {passes}.",
     )
 
 

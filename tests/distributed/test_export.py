@@ -20,7 +20,7 @@ from tests.distributed.world import Layout, World
 
 CASES = {
     "sandwich-top": Case(
-        sharing={"kv_pattern": "sandwich-top", "kv_layers": 3, "kv_recipe": "fast"}
+        sharing={"kv_pattern": "sandwich-top", "kv_layers": 3, "kv_recipe": "two-sweep"}
     ),
     "bottom-untied": Case(
         sharing={"kv_pattern": "pizza-bottom", "kv_layers": 3},

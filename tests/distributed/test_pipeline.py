@@ -51,15 +51,15 @@ def random_map(seed: int, layers: int, kv_layers: int, upward: bool) -> dict[str
 
 MAPS: dict[str, dict[str, Any]] = {
     **{name: pattern(name) for name in NINE},
-    **{f"{name} fast": pattern(name, kv_recipe="fast") for name in NINE},
-    "sandwich-top cheapest": pattern("sandwich-top", kv_recipe="cheapest"),
+    **{f"{name} two-sweep": pattern(name, kv_recipe="two-sweep") for name in NINE},
+    "sandwich-top one-sweep": pattern("sandwich-top", kv_recipe="one-sweep"),
     "lasagna-top from self": pattern("lasagna-top", kv_start="self"),
     "cla": pattern("cla:2", None),
     "yoco": pattern("yoco", None),
     "mixattention": {"kv_map": "0_1s_1s_3_1s_1s_3_7s"},
     "gemma": pattern("gemma:2", None),
     "several targets": {"kv_map": "0_5_3_3_6_5_6_3"},
-    "upward with windows": {"kv_map": "0s_4_4s_4_4s_0s_7s_7", "kv_recipe": "fast"},
+    "upward with windows": {"kv_map": "0s_4_4s_4_4s_0s_7s_7", "kv_recipe": "two-sweep"},
     **{f"acyclic {n}": random_map(n, 8, n, upward=False) for n in (1, 2, 4, 6)},
     **{f"cyclic {n}": random_map(n, 8, n, upward=True) for n in (1, 2, 4, 6)},
     **{f"acyclic {n} of 12": random_map(n, 12, n, upward=False) for n in (3, 8)},
@@ -92,12 +92,12 @@ LAYOUTS: dict[str, tuple[Layout, float, dict[str, Any], dict[str, Any]]] = {
 SAMPLE = {
     ("pp2", "sandwich-top"),
     ("pp4", "pizza-bottom"),
-    ("pp4", "sandwich-top fast"),
-    ("pp2-vpp2", "sandwich-top cheapest"),
+    ("pp4", "sandwich-top two-sweep"),
+    ("pp2-vpp2", "sandwich-top one-sweep"),
     ("pp4-vpp2", "acyclic 4"),
     ("pp2-recompute", "lasagna-middle"),
     ("tp2-pp2", "yoco"),
-    ("tp2-sp-pp2-vpp2-recompute", "pizza-top fast"),
+    ("tp2-sp-pp2-vpp2-recompute", "pizza-top two-sweep"),
     ("dp2-pp2-sharded", "several targets"),
 }
 LONG = {("pp2", "sandwich-top"), ("pp4", "pizza-bottom")}
@@ -157,12 +157,12 @@ VARIANTS = {
 }
 
 
-IN_SAMPLE = {("untied", "pizza-bottom"), ("packed-documents", "sandwich-top fast")}
-IN_SAMPLE |= {("uneven", "sandwich-top fast"), ("shared KV heads", "sandwich-top fast")}
+IN_SAMPLE = {("untied", "pizza-bottom"), ("packed-documents", "sandwich-top two-sweep")}
+IN_SAMPLE |= {("uneven", "sandwich-top two-sweep"), ("shared KV heads", "sandwich-top two-sweep")}
 VARIANT_OF_MAP = [
     pytest.param(variant, name, marks=() if (variant, name) in IN_SAMPLE else pytest.mark.nightly)
     for variant in VARIANTS
-    for name in ("pizza-bottom", "sandwich-top fast")
+    for name in ("pizza-bottom", "sandwich-top two-sweep")
 ]
 
 
@@ -192,7 +192,7 @@ def test_reduction_overlaps_backward_of_the_last_microbatch(virtual: int, world:
 
 
 EVALUATED = [
-    (Layout(pipeline=2), "sandwich-top fast"),
+    (Layout(pipeline=2), "sandwich-top two-sweep"),
     (Layout(pipeline=2, virtual=2), "lasagna-top"),
 ]
 
@@ -216,7 +216,7 @@ SENDING = [
 
 
 @pytest.mark.parametrize(("layout", "kv_heads"), SENDING, ids=str)
-@pytest.mark.parametrize("name", ["acyclic 4", "sandwich-top fast"])
+@pytest.mark.parametrize("name", ["acyclic 4", "sandwich-top two-sweep"])
 def test_payloads_are_as_large_as_predicted(name: str, layout: Layout, kv_heads: int, world: World):
     """Bytes that leave every stage per microbatch, padding included."""
     run = case(name, steps=1, kv_heads=kv_heads)

@@ -27,9 +27,9 @@ MAPS = {
     "windowed": {"kv_map": "0s_4_4s_4_4s_0s_7s_7"},
 }
 RECIPES = {
-    "fast": {"kv_recipe": "fast"},
-    "cheapest": {"kv_recipe": "cheapest"},
-    "self": {"kv_recipe": "fast", "kv_stride": 2, "kv_start": "self"},
+    "two-sweep": {"kv_recipe": "two-sweep"},
+    "one-sweep": {"kv_recipe": "one-sweep"},
+    "self": {"kv_recipe": "two-sweep", "kv_stride": 2, "kv_start": "self"},
 }
 SPREAD = ["tp2-sp", "tp4-over-kv-heads-sp", "dp2-sharded", "tp2-sp-dp2-sharded"]
 
@@ -51,8 +51,8 @@ def one_rank(single) -> Reference:
 
 
 SAMPLE = {
-    *(("sandwich-top", "fast"), ("windowed", "cheapest"), ("several-targets", "self")),
-    *(("tp2-sp-dp2-sharded", "fast"), ("tp4-over-kv-heads-sp", "self")),
+    *(("sandwich-top", "two-sweep"), ("windowed", "one-sweep"), ("several-targets", "self")),
+    *(("tp2-sp-dp2-sharded", "two-sweep"), ("tp4-over-kv-heads-sp", "self")),
 }
 """Pairs that every change must pass; the others are nightly."""
 PAIRS = [
@@ -72,7 +72,7 @@ def test_layout_trains_like_one_rank(layout, recipe, kv_map, world: World, one_r
 
 
 @pytest.mark.parametrize("granularity", ["full", "selective"])
-@pytest.mark.parametrize("recipe", ["fast", "self"])
+@pytest.mark.parametrize("recipe", ["two-sweep", "self"])
 def test_recompute_changes_nothing_under_tensor_parallelism(recipe, granularity, world: World):
     layout = Layout(2, sequence_parallel=True)
     plain = world.run(jobs.train, layout, case_of("several-targets", recipe))[0]
@@ -83,7 +83,7 @@ def test_recompute_changes_nothing_under_tensor_parallelism(recipe, granularity,
     assert_close_by_name(recomputed.gradients, plain.gradients, 1e-6)
 
 
-@pytest.mark.parametrize("recipe", ["fast", "cheapest"])
+@pytest.mark.parametrize("recipe", ["two-sweep", "one-sweep"])
 def test_packed_documents(recipe, world: World, single):
     case = case_of("sandwich-top", recipe, data=PACKED)
     layout = Layout(2, 2, sequence_parallel=True)
@@ -93,9 +93,9 @@ def test_packed_documents(recipe, world: World, single):
 
 def test_a_dropped_gradient_is_seen(single, one_rank):
     """Cutting what one upward layer reads: same loss, other gradients of the target."""
-    case = case_of("sandwich-top", "fast")
+    case = case_of("sandwich-top", "two-sweep")
     mutated = jobs.train_without_one_consumer(single, Layout(), case, 5)
-    reference = one_rank("sandwich-top", "fast", 4)
+    reference = one_rank("sandwich-top", "two-sweep", 4)
     assert_dropped_gradient_is_seen(mutated, reference, build_map(8, "sandwich-top", 3), 5)
 
 

@@ -140,11 +140,39 @@ def test_with_gpus_the_full_model_starts_on_all_of_them(workspace, gpu_machine):
     wanted = (
         "tools/torchrun.py --nproc_per_node 8 --standalone -m megatron_kvshare pretrain"
         " --config examples/configs/1b.yaml --kv-pattern sandwich-top --kv-layers 11"
-        " --data-path 0.7 a 0.3 b --save out/checkpoint --resume auto"
+        " --kv-recipe two-sweep --data-path 0.7 a 0.3 b --save out/checkpoint --resume auto"
         " --metrics-file out/metrics.jsonl --tokenizer-type SentencePieceTokenizer"
         " --tokenizer-model tok.model --lr 1e-4"
     )
     assert done.stdout.strip() == wanted
+
+
+RECIPES = {
+    "top_share": ("--kv-layers 11 --kv-recipe two-sweep --data-path", {}, ""),
+    "middle_share": ("--kv-layers 11 --kv-recipe paper --data-path", {"KV_RECIPE": "paper"}, ""),
+    "bottom_share": ("--kv-layers 11 --data-path", {}, ""),
+    "yoco": ("--window-size 1024 --data-path", {}, ""),
+    "top_share, published": ("--kv-layers 11 --data-path", {}, "--kv-solver jacobi"),
+}
+"""Of some examples: what the flags of the map are, and between which others."""
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_an_example_of_a_cyclic_map_names_its_recipe(workspace, gpu_machine, case: str):
+    flags, more, arguments = RECIPES[case]
+    script = f"examples/pretrain_1b_{case.partition(',')[0]}.sh"
+    done = workspace.bash(f"bash {script} {arguments}", {**gpu_machine, **more})
+    assert flags in done.stdout, done.stderr
+
+
+def test_an_example_leaves_the_recipe_to_its_checkpoint(workspace, gpu_machine, tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    more = {**gpu_machine, "SAVE": str(tmp_path)}
+    done = workspace.bash("bash examples/pretrain_1b_top_share.sh", more)
+    assert "--kv-layers 11 --data-path" in done.stdout, done.stderr
+    more["KV_RECIPE"] = "one-sweep"
+    done = workspace.bash("bash examples/pretrain_1b_top_share.sh", more)
+    assert "--kv-layers 11 --kv-recipe one-sweep --data-path" in done.stdout, done.stderr
 
 
 def test_several_nodes_and_tensor_parallel(workspace, gpu_machine):

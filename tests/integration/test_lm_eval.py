@@ -73,7 +73,9 @@ def tokenized(folder: Path, corpus_tokenizer: Path) -> Path:
 def test_an_export_is_scored_offline(workspace, tasks, tmp_path, single):
     made = workspace.bash("bash examples/prepare_corpus.sh")
     tokenizer = workspace.folder / made.stdout.strip() / "tokenizer.model"
-    top = write_folder(tmp_path / "top", build_map(8, "sandwich-top", 3), RECIPES["fast"], WIDE)
+    top = write_folder(
+        tmp_path / "top", build_map(8, "sandwich-top", 3), RECIPES["two-sweep"], WIDE
+    )
     found = scores(tokenized(top, tokenizer), tasks, tmp_path / "scores", limit=8)
     assert {task for task, metric in found if metric == "acc"} == {
         f"local_{name}" for name in TASKS

@@ -43,7 +43,7 @@ print(json.dumps({"losses": losses, "trained": trained, "difference": difference
 """
 
 
-@pytest.mark.parametrize("recipe", ["paper", "fast"])
+@pytest.mark.parametrize("recipe", ["paper", "two-sweep"])
 def test_lora(recipe, tmp_path):
     packages = side_packages.install("peft", "peft==0.21.2", "accelerate==1.15.0")
     folder = write_folder(tmp_path / "hf", build_map(8, "sandwich-top", 3), RECIPES[recipe])

@@ -22,8 +22,8 @@ OLDER = {
 }
 MODELS = {
     "top-paper": (build_map(8, "sandwich-top", 3), "paper"),
-    "top-fast": (build_map(8, "sandwich-top", 3), "fast"),
-    "lasagna-cheapest": (build_map(8, "lasagna-middle", 3), "cheapest"),
+    "top-two-sweep": (build_map(8, "sandwich-top", 3), "two-sweep"),
+    "lasagna-one-sweep": (build_map(8, "lasagna-middle", 3), "one-sweep"),
     "bottom": (build_map(8, "pizza-bottom", 3), "paper"),
     "windows": (build_map(8, "yoco"), "paper"),
     "standard": (build_map(8, "standard"), "paper"),

@@ -124,7 +124,7 @@ def test_a_prompt_in_two_parts(sharing, tokens):
 @pytest.mark.parametrize("sharing", [TOP, SEVERAL], ids=["top", "several"])
 def test_prefill_is_the_native_plan(prefill, sharing, single, tokens):
     native, weights = model_with(TINY, sharing, single)
-    trained = RECIPES["cheapest"]
+    trained = RECIPES["one-sweep"]
     plan = prefill_plan(sharing, Prefill(prefill), trained, LENGTH, 1e-6)
     model = exported(sharing, weights, trained, kv_prefill=prefill)
     assert_logits(model(tokens).logits, logits_of(native, tokens, plan))
@@ -140,8 +140,8 @@ WAYS = {
 
 def batches() -> list:
     """Every map greedily and by beams; sampling is transformers' own, one map will do."""
-    found = itertools.product(GENERATING, ("paper", "fast"), ("greedy", "beams"))
-    found = [*found, ("top", "paper", "sampling"), ("top", "fast", "sampling")]
+    found = itertools.product(GENERATING, ("paper", "two-sweep"), ("greedy", "beams"))
+    found = [*found, ("top", "paper", "sampling"), ("top", "two-sweep", "sampling")]
     return [pytest.param(GENERATING[m], r, WAYS[w], id=f"{m}-{r}-{w}") for m, r, w in found]
 
 
@@ -170,7 +170,7 @@ def test_a_left_padded_batch_generates_what_each_row_does_alone(sharing, recipe,
 
 
 def test_padding_on_either_side_changes_no_logit(tokens):
-    model = exported(TOP, TINY.weights(TOP), RECIPES["fast"])
+    model = exported(TOP, TINY.weights(TOP), RECIPES["two-sweep"])
     alone = model(tokens[:1, :8]).logits
     for left in (0, 3, 5):
         row = torch.nn.functional.pad(tokens[:1, :8], (left, 5 - left))
@@ -215,7 +215,7 @@ def test_attention_implementations_agree(sharing, implementation, tokens):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("recipe", ["paper", "fast", "cheapest"])
+@pytest.mark.parametrize("recipe", ["paper", "two-sweep", "one-sweep"])
 def test_gradient_checkpointing_changes_no_gradient(recipe, reentrant, tokens):
     weights = TINY.weights(TOP)
     gradients = []
@@ -244,7 +244,7 @@ def test_a_static_cache_serves_acyclic_maps(sharing, tokens):
 
 
 def test_what_a_cyclic_map_cannot_do_is_refused(tokens):
-    model = exported(TOP, TINY.weights(TOP), RECIPES["fast"])
+    model = exported(TOP, TINY.weights(TOP), RECIPES["two-sweep"])
     with pytest.raises(ValueError, match=r"StaticCache cannot serve.*Use DynamicCache"):
         model(tokens, past_key_values=StaticCache(config=model.config, max_cache_len=20))
     model.config._attn_implementation = "flash_like_for_tests"
@@ -254,7 +254,7 @@ def test_what_a_cyclic_map_cannot_do_is_refused(tokens):
 
 @torch.no_grad()
 def test_bf16_follows_fp32(tokens):
-    model = exported(TOP, TINY.weights(TOP), RECIPES["fast"])
+    model = exported(TOP, TINY.weights(TOP), RECIPES["two-sweep"])
     wanted = model(tokens).logits
     got = model.to(torch.bfloat16)(tokens).logits.float()
     assert (got - wanted).abs().max() <= 0.05 * wanted.abs().max()

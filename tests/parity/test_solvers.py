@@ -27,8 +27,8 @@ TOLERANCE = 1e-5
 
 
 TRAINED = {
-    "fast": RECIPES["fast"],
-    "cheapest": RECIPES["cheapest"],
+    "two-sweep": RECIPES["two-sweep"],
+    "one-sweep": RECIPES["one-sweep"],
     "strided-zero": strided(3, 0, 2),
     "strided-self": strided(2, 1, 1, "self"),
     "strided-self-projected": strided(3, 0, 1, "self", p=True),
@@ -116,7 +116,7 @@ DOCUMENTS = torch.tensor([[0] * 4 + [1] + [2] * 6])
 POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]])
 
 
-@pytest.mark.parametrize("name", ["fast", "cheapest", "strided-self"])
+@pytest.mark.parametrize("name", ["two-sweep", "one-sweep", "strided-self"])
 @one_of_each_pattern()
 def test_packed_documents(sharing, name, single):
     where = {"documents": DOCUMENTS, "positions": POSITIONS}
@@ -132,7 +132,7 @@ VARIED_MAPS = {
 
 @pytest.mark.parametrize("kv_map", VARIED_MAPS.values(), ids=VARIED_MAPS)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("name", ["fast", "cheapest", "strided-zero"])
+@pytest.mark.parametrize("name", ["two-sweep", "one-sweep", "strided-zero"])
 def test_blocks_without_masks(name, kv_heads, kv_map, single, monkeypatch):
     """Long subsets read KV block by block with causal kernels; here short ones do too."""
     monkeypatch.setattr(context, "BLOCKWISE_FROM", 1)
@@ -149,7 +149,9 @@ RECOMPUTE = {
 
 @pytest.mark.parametrize("policy", RECOMPUTE)
 @pytest.mark.parametrize("blockwise", [False, True], ids=["masks", "blocks"])
-@pytest.mark.parametrize("name", ["fast", pytest.param("cheapest", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "name", ["two-sweep", pytest.param("one-sweep", marks=pytest.mark.nightly)]
+)
 @one_of_each_pattern()
 def test_recompute_changes_nothing(sharing, name, blockwise, policy, single, monkeypatch):
     if blockwise:
@@ -165,7 +167,7 @@ def test_recompute_changes_nothing(sharing, name, blockwise, policy, single, mon
     assert_close_by_name(recomputed, gradients, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["fast", "cheapest", "strided-self", "jacobi-input"])
+@pytest.mark.parametrize("name", ["two-sweep", "one-sweep", "strided-self", "jacobi-input"])
 @one_of_each_pattern()
 def test_a_later_token_never_changes_an_earlier_logit(sharing, name, single):
     model, _ = model_with(TINY, sharing, single)
@@ -185,7 +187,7 @@ def test_bf16_follows_fp32(sharing, single):
     """Rounding to bf16 moves loss and gradients by no more than it moves those of `paper`."""
     tokens, labels = (random_tokens(TINY.vocabulary, 2, LENGTH, seed) for seed in (0, 1))
     moved = {}
-    for name in ("paper", "fast"):
+    for name in ("paper", "two-sweep"):
         found = []
         for bf16 in (False, True):
             model, _ = model_with(TINY.but(extra={"bf16": bf16}), sharing, single)
@@ -194,7 +196,7 @@ def test_bf16_follows_fp32(sharing, single):
         (loss, gradients), (rounded_loss, rounded) = found
         assert abs(rounded_loss - loss) <= 6e-3 * loss
         moved[name] = max(relative_differences(rounded, gradients).values())
-    assert moved["fast"] <= max(0.1, 2 * moved["paper"])
+    assert moved["two-sweep"] <= max(0.1, 2 * moved["paper"])
 
 
 def test_sweeps_stop_once_nothing_moves(single):
@@ -205,7 +207,7 @@ def test_sweeps_stop_once_nothing_moves(single):
 
     def sweeps(residual: float, least: int, most: int) -> int:
         limits = Tolerance(residual=residual, least=least, most=most)
-        plan = solver_plan(sharing, RECIPES["fast"], limits)
+        plan = solver_plan(sharing, RECIPES["two-sweep"], limits)
         with torch.no_grad():
             rows = model(tokens, plan=plan, measure_residual=True).residuals
         return int((rows[0, :, 1] > 0).sum())

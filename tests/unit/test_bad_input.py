@@ -48,7 +48,7 @@ MAPS = [
     (f"{MOCK} --kv-forward-passes -1", "--kv-forward-passes", "--kv-forward-passes 1"),
     (f"{MOCK} --kv-recipe paper --kv-stride 4", "--kv-stride", "--kv-solver strided"),
     (f"{MOCK} --kv-solver strided --kv-stride 1", "--kv-stride", "--kv-stride 4"),
-    (f"{MOCK} --kv-recipe quick", "--kv-recipe", "--kv-recipe paper"),
+    (f"{MOCK} --kv-recipe quick", "--kv-recipe", "--kv-recipe one-sweep"),
     (f"{MOCK} --kv-start here", "--kv-start", "--kv-start zero"),
     (
         f"{MOCK} --kv-forward-passes 0 --kv-project-at-use",

@@ -143,14 +143,16 @@ def test_every_difference_is_listed(saved: Path) -> None:
 
 
 def test_another_recipe_is_refused_and_finetuning_may_change_it(saved: Path) -> None:
-    run = identity_of(recipe=RECIPES["fast"])
-    with pytest.raises(CheckpointError, match=r"fast: strided\(4; 1, 1\)p.*paper: jacobi\(7, 2\)"):
+    run = identity_of(recipe=RECIPES["two-sweep"])
+    with pytest.raises(
+        CheckpointError, match=r"two-sweep: strided\(4; 1, 1\)p.*paper: jacobi\(7, 2\)"
+    ):
         find(saved, run)
     assert find(saved, run, finetune=True) is not None
 
 
 def test_a_map_without_passes_has_no_recipe() -> None:
-    names = ("fast", "paper")
+    names = ("two-sweep", "paper")
     first, second = (identity_of(kv_map="0_0_0", recipe=RECIPES[name]) for name in names)
     assert first == second and first["kv_recipe"] is None
 

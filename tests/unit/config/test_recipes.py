@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config import PretrainConfig, SharingConfig
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.config.shape import evaluation_plan, execution_plan, recipe
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.solver import RECIPES
+from megatron_kvshare.sharing.solver import OLD_NAMES, RECIPES
 
 BASE = "--mock-data --vocab-size 100 --kv-pattern sandwich-top --kv-layers 3"
 
@@ -20,23 +22,30 @@ def parsed(argv: str) -> PretrainConfig:
 @pytest.mark.parametrize(
     ("argv", "notation"),
     [
-        ("", "strided(4; 0, 1) from input"),
+        ("", "strided(4; 1, 1)p"),
         ("--kv-recipe paper", "jacobi(7, 2)"),
-        ("--kv-recipe fast", "strided(4; 1, 1)p"),
-        ("--kv-recipe cheapest", "strided(4; 0, 1) from input"),
-        ("--kv-recipe fast --kv-stride 8", "strided(8; 1, 1)p"),
-        ("--kv-recipe fast --kv-solver jacobi", "jacobi(1, 1)p"),
-        ("--kv-recipe fast --kv-backward-passes 2", "strided(4; 1, 2)p"),
-        ("--kv-recipe fast --kv-forward-passes 0 --kv-start self", "strided(4; 0, 1)p from self"),
-        ("--kv-recipe cheapest --kv-start zero", "strided(4; 0, 1)"),
+        ("--kv-recipe two-sweep", "strided(4; 1, 1)p"),
+        ("--kv-recipe one-sweep", "strided(4; 0, 1) from input"),
+        ("--kv-recipe two-sweep --kv-stride 8", "strided(8; 1, 1)p"),
+        ("--kv-recipe two-sweep --kv-solver jacobi", "jacobi(1, 1)p"),
+        ("--kv-recipe two-sweep --kv-backward-passes 2", "strided(4; 1, 2)p"),
+        (
+            "--kv-recipe two-sweep --kv-forward-passes 0 --kv-start self",
+            "strided(4; 0, 1)p from self",
+        ),
+        ("--kv-recipe one-sweep --kv-start zero", "strided(4; 0, 1)"),
         ("--kv-forward-passes 1", "jacobi(1, 2)"),
         ("--kv-forward-passes 0 --kv-backward-passes 3", "jacobi(0, 3)"),
         ("--kv-backward-passes 1", "jacobi(7, 1)"),
         ("--kv-solver jacobi", "jacobi(7, 2)"),
         ("--kv-solver strided --kv-forward-passes 1", "strided(4; 1, 2)"),
-        ("--kv-stride 8", "strided(8; 0, 1) from input"),
-        ("--kv-solver strided --kv-start self", "strided(4; 0, 1) from self"),
-        ("--kv-start self --kv-project-at-use", "strided(4; 0, 1)p from self"),
+        ("--kv-stride 8", "strided(8; 1, 1)p"),
+        ("--kv-solver strided --kv-start self", "strided(4; 1, 1)p from self"),
+        ("--kv-recipe one-sweep --kv-stride 8", "strided(8; 0, 1) from input"),
+        (
+            "--kv-recipe one-sweep --kv-start self --kv-project-at-use",
+            "strided(4; 0, 1)p from self",
+        ),
     ],
 )
 def test_recipe_of_the_flags(argv: str, notation: str) -> None:
@@ -48,6 +57,15 @@ def test_every_named_recipe_is_a_choice(name: str) -> None:
     assert recipe(parsed(f"--kv-recipe {name}").sharing) == RECIPES[name]
 
 
+@pytest.mark.parametrize(("earlier", "name"), OLD_NAMES.items())
+def test_earlier_names_are_taken_everywhere(earlier: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"kv-recipe: {earlier}\n")
+    assert parsed(f"--kv-recipe {earlier}").sharing.kv_recipe == name
+    assert parsed(f"--config {file}").sharing.kv_recipe == name
+    assert SharingConfig(kv_recipe=earlier).kv_recipe == name
+
+
 def limits(plan: ExecutionPlan) -> list[float | None]:
     (group,) = plan.groups
     return [sweep.skip_below for sweep in group.sweeps]
@@ -57,7 +75,7 @@ def limits(plan: ExecutionPlan) -> list[float | None]:
 def test_tolerance_is_for_evaluation_unless_training_asks_for_it(in_training: bool) -> None:
     flag = " --kv-tolerance-in-training" * in_training
     config = parsed(
-        f"--kv-recipe fast --kv-tolerance 0.01 --kv-min-passes 2 --kv-max-passes 4{flag}"
+        f"--kv-recipe two-sweep --kv-tolerance 0.01 --kv-min-passes 2 --kv-max-passes 4{flag}"
     )
     found = [None, None, 0.01, 0.01, None]
     assert limits(evaluation_plan(config.model, config.sharing)) == found
@@ -66,7 +84,7 @@ def test_tolerance_is_for_evaluation_unless_training_asks_for_it(in_training: bo
 
 
 def test_without_tolerance_evaluation_has_the_passes_of_training() -> None:
-    config = parsed("--kv-recipe fast")
+    config = parsed("--kv-recipe two-sweep")
     trained = execution_plan(config.model, config.sharing)
     assert evaluation_plan(config.model, config.sharing) == trained
     assert trained.groups[0].sweeps[0].stride == 4

@@ -141,11 +141,11 @@ def test_what_is_allowed(argv):
 def test_subsets_are_whole_on_every_rank():
     layout = "--sequence-parallel --tensor-model-parallel-size 2 --seq-length 100"
     cyclic = f"{layout} --kv-pattern sandwich-top --kv-layers 3"
-    (fault,) = faults(f"{cyclic} --kv-recipe fast", 2)
+    (fault,) = faults(f"{cyclic} --kv-recipe two-sweep", 2)
     assert "--kv-stride 4 x --tensor-model-parallel-size 2 = 8" in fault
     assert "use --seq-length 96 or 104" in fault
     check(f"{cyclic} --kv-recipe paper", 2)
-    check(f"{layout} --kv-pattern cla:2 --kv-recipe fast", 2)
+    check(f"{layout} --kv-pattern cla:2 --kv-recipe two-sweep", 2)
 
 
 def test_a_recipe_without_effect_is_said():
@@ -155,7 +155,7 @@ def test_a_recipe_without_effect_is_said():
         if "no effect" in text
     ]
     assert "--kv-forward-passes" in warning
-    cyclic = check("--kv-pattern sandwich-top --kv-layers 3 --kv-recipe fast")
+    cyclic = check("--kv-pattern sandwich-top --kv-layers 3 --kv-recipe two-sweep")
     assert not any("no effect" in text for text in pretrain_warnings(cyclic))
 
 

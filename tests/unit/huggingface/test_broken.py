@@ -32,8 +32,8 @@ Change = Callable[[Path], object]
 def originals(tmp_path_factory) -> Path:
     """A folder of each kind, sharded ones, and a native checkpoint."""
     root = tmp_path_factory.mktemp("originals")
-    write_folder(root / "kvshare", TOP, RECIPES["fast"])
-    write_folder(root / "sharded", TOP, RECIPES["fast"], max_shard_bytes=40_000)
+    write_folder(root / "kvshare", TOP, RECIPES["two-sweep"])
+    write_folder(root / "sharded", TOP, RECIPES["two-sweep"], max_shard_bytes=40_000)
     write_folder(root / "llama", STANDARD)
     made = main(
         ["convert", "from-hf", "--hf", str(root / "kvshare"), "--save", str(root / "native")]

@@ -54,7 +54,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("sharing", "tiny", "dtype"), KINDS.values(), ids=KINDS.keys())
 def test_there_and_back_again(sharing, tiny, dtype, single, tmp_path, capsys):
-    start = write_folder(tmp_path / "a", sharing, RECIPES["fast"], tiny, 40_000, dtype)
+    start = write_folder(tmp_path / "a", sharing, RECIPES["two-sweep"], tiny, 40_000, dtype)
     assert len(list(start.glob("*.safetensors"))) > 1
     assert convert("from-hf", "--hf", start, "--save", tmp_path / "native") == 0
     arguments = ("--load", tmp_path / "native", "--save", tmp_path / "b", "--max-shard-gb", 0.00004)
@@ -70,7 +70,7 @@ def test_there_and_back_again(sharing, tiny, dtype, single, tmp_path, capsys):
 
 def test_transformers_loads_an_export_by_its_own_code(single, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
-    folder = write_folder(tmp_path / "hf", TOP, RECIPES["cheapest"])
+    folder = write_folder(tmp_path / "hf", TOP, RECIPES["one-sweep"])
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert (config.iter_stride, config.iter_start) == (4, "input")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

@@ -20,7 +20,7 @@ LENGTH = 19
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, single):
     root = tmp_path_factory.mktemp("models")
-    write_folder(root / "hf", TOP, RECIPES["cheapest"])
+    write_folder(root / "hf", TOP, RECIPES["one-sweep"])
     assert (
         main(["convert", "from-hf", "--hf", str(root / "hf"), "--save", str(root / "native")]) == 0
     )
@@ -38,7 +38,7 @@ def test_passes_and_exact(kind, folders, tokens):
     weights = TINY.weights(TOP)
     passes = model.logits(tokens)
     assert passes.shape == (2, LENGTH, TINY.vocabulary) and passes.dtype == torch.float32
-    wanted = exported(TOP, weights, RECIPES["cheapest"])(tokens).logits
+    wanted = exported(TOP, weights, RECIPES["one-sweep"])(tokens).logits
     assert (passes - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     exact = model.logits(tokens, mode="exact")
     wanted = TINY.oracle(TOP, weights).token_by_token(tokens)
@@ -56,7 +56,7 @@ def test_a_later_token_changes_no_earlier_logit(folders, tokens):
         assert (before[:, :9] - after[:, :9]).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("recipe", ["paper", "fast", "cheapest"])
+@pytest.mark.parametrize("recipe", ["paper", "two-sweep", "one-sweep"])
 def test_texts_shorter_than_the_stride(recipe, tokens, tmp_path, single):
     model = load_model(write_folder(tmp_path / "hf", TOP, RECIPES[recipe]))
     other = exported(TOP, TINY.weights(TOP), RECIPES[recipe])

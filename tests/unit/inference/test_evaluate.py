@@ -25,7 +25,7 @@ BOTTOM = build_map(8, "pizza-bottom", 3)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, single):
     root = tmp_path_factory.mktemp("models")
-    write_folder(root / "top", TOP, RECIPES["cheapest"])
+    write_folder(root / "top", TOP, RECIPES["one-sweep"])
     write_folder(root / "bottom", BOTTOM)
     return root
 

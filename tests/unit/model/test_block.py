@@ -45,8 +45,8 @@ def test_residual_of_a_map_without_groups_is_none(single):
 
 PLANS = {
     "jacobi": Recipe(forward_passes=3),
-    "fast": RECIPES["fast"],
-    "cheapest": RECIPES["cheapest"],
+    "two-sweep": RECIPES["two-sweep"],
+    "one-sweep": RECIPES["one-sweep"],
     "self": Recipe(forward_passes=1, backward_passes=1, start=Start.SELF),
 }
 METHODS = ("forward", "key_values", "feed_forward", "read_own")

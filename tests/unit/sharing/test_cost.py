@@ -234,7 +234,7 @@ def test_strided_passes_keep_as_much_as_parallel_ones() -> None:
     """The top layer's input is kept twice: for its keys and values, and for the rest of it."""
     sharing = build_map(22, "sandwich-top", 3)
     layout = TrainingLayout(micro_batch_size=1)
-    fast = training_memory(TINY_LLAMA, solver_plan(sharing, RECIPES["fast"]), layout)
+    two_sweep = training_memory(TINY_LLAMA, solver_plan(sharing, RECIPES["two-sweep"]), layout)
     parallel = training_memory(TINY_LLAMA, jacobi_plan(sharing, 1, 1), layout)
-    assert fast.activations - parallel.activations == 2048 * 2048 * 4
-    assert fast.weights == parallel.weights
+    assert two_sweep.activations - parallel.activations == 2048 * 2048 * 4
+    assert two_sweep.weights == parallel.weights

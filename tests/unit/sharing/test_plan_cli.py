@@ -60,9 +60,13 @@ def test_json_of_a_recipe(capsys: Capture, name: str) -> None:
 
 def test_the_drawing_of_a_strided_recipe(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    assert main(["plan", "--kv-map", "0_3_3_3", "--kv-recipe", "fast"]) == 0
+    assert main(["plan", "--kv-map", "0_3_3_3", "--kv-recipe", "two-sweep"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    for text in ("fast: strided(4; 1, 1)p", "4 interleaved subsets", "1 pass without gradient"):
+    for text in (
+        "two-sweep: strided(4; 1, 1)p",
+        "4 interleaved subsets",
+        "1 pass without gradient",
+    ):
         assert text in out
     for recipe in RECIPES.values():
         assert str(recipe) in out
@@ -119,11 +123,12 @@ def test_the_drawing_tells_roles_groups_and_passes(capsys: Capture) -> None:
         assert text in out
 
 
-def test_the_default_is_one_pass_over_subsets(capsys: Capture) -> None:
+def test_the_default_is_two_passes_over_subsets(capsys: Capture) -> None:
     assert main(["plan", "--kv-map", "0_5_5_5_4_5_6_7"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Recipe cheapest: strided(4; 0, 1) from input." in out
-    assert "1 pass with gradient; a pass visits the tokens in 4 interleaved subsets" in out
+    assert "Recipe two-sweep: strided(4; 1, 1)p." in out
+    assert "1 pass without gradient, then 1 with" in out
+    assert "a pass visits the tokens in 4 interleaved subsets" in out
 
 
 @pytest.mark.parametrize(

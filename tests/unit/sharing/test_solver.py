@@ -47,8 +47,8 @@ def group_of(recipe: Recipe, tolerance: Tolerance | None = None) -> Segment:
         (Recipe(), "jacobi(7, 2)"),
         (jacobi(2, 1, p=True), "jacobi(2, 1)p"),
         (jacobi(0, 2, "self", p=True), "jacobi(0, 2)p from self"),
-        (RECIPES["fast"], "strided(4; 1, 1)p"),
-        (RECIPES["cheapest"], "strided(4; 0, 1) from input"),
+        (RECIPES["two-sweep"], "strided(4; 1, 1)p"),
+        (RECIPES["one-sweep"], "strided(4; 0, 1) from input"),
     ],
 )
 def test_notation(recipe: Recipe, notation: str) -> None:
@@ -56,11 +56,18 @@ def test_notation(recipe: Recipe, notation: str) -> None:
 
 
 def test_recipes_with_a_name() -> None:
-    assert list(RECIPES) == ["paper", "fast", "cheapest"]
+    assert list(RECIPES) == ["one-sweep", "two-sweep", "paper"]
     assert recipe_name(Recipe()) == "paper: jacobi(7, 2)"
-    assert recipe_name(strided(4, 1, 1, p=True)) == "fast: strided(4; 1, 1)p"
-    assert recipe_name(strided(4, 0, 1, "input")) == "cheapest: strided(4; 0, 1) from input"
+    assert recipe_name(strided(4, 1, 1, p=True)) == "two-sweep: strided(4; 1, 1)p"
+    assert recipe_name(strided(4, 0, 1, "input")) == "one-sweep: strided(4; 0, 1) from input"
     assert recipe_name(strided(8, 1, 1, p=True)) == "strided(8; 1, 1)p"
+
+
+def test_earlier_names_find_their_recipe() -> None:
+    assert RECIPES["cheapest"] == RECIPES["one-sweep"]
+    assert RECIPES["fast"] == RECIPES["two-sweep"]
+    with pytest.raises(KeyError, match="slow"):
+        RECIPES["slow"]
 
 
 @given(recipes())
@@ -199,10 +206,10 @@ def test_inputs_are_kept_by_every_sweep_that_may_be_the_last_without_gradient() 
         tolerance = Tolerance(residual=0.1, least=least, most=most)
         return [sweep.keep_inputs for sweep in group_of(recipe, tolerance).sweeps]
 
-    fast = RECIPES["fast"]
-    assert kept(fast, 2, 4) == [False, True, True, True, False]
-    assert kept(fast, 3, 3) == [False, False, True, False]
-    assert kept(fast, 1, 2) == [True, True, False]
+    two = RECIPES["two-sweep"]
+    assert kept(two, 2, 4) == [False, True, True, True, False]
+    assert kept(two, 3, 3) == [False, False, True, False]
+    assert kept(two, 1, 2) == [True, True, False]
     assert kept(strided(4, 0, 1, "self", p=True), 0, 2) == [True, True, True, False]
     assert kept(strided(4, 0, 1, "self", p=True), 1, 2) == [False, True, True, False]
     assert kept(strided(4, 1, 1), 2, 4) == [False] * 5
@@ -227,7 +234,7 @@ def test_every_read_is_served(
 
 
 def test_prefill_plans():
-    sharing, trained = build_map(8, "sandwich-top", 3), RECIPES["cheapest"]
+    sharing, trained = build_map(8, "sandwich-top", 3), RECIPES["one-sweep"]
     plans = {kind: prefill_plan(sharing, kind, trained, 64, 1e-6) for kind in Prefill}
     assert plans[Prefill.TRAINED] == solver_plan(sharing, trained)
     assert plans[Prefill.EXACT] == exact_plan(sharing, 64, 1e-6)

@@ -29,7 +29,7 @@ def strided(stride: int, forward: int, backward: int, start: Start = Start.ZERO)
     )
 
 
-FAST, CHEAPEST = RECIPES["fast"], RECIPES["cheapest"]
+TWO_SWEEP, ONE_SWEEP = RECIPES["two-sweep"], RECIPES["one-sweep"]
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ FAST, CHEAPEST = RECIPES["fast"], RECIPES["cheapest"]
     [
         (8, "sandwich-top", 3, jacobi(7, 2), 3.08),
         (8, "sandwich-top", 3, jacobi(1, 2), 1.83),
-        (8, "sandwich-top", 3, FAST, 1.21),
-        (8, "sandwich-top", 3, CHEAPEST, 1.00),
+        (8, "sandwich-top", 3, TWO_SWEEP, 1.21),
+        (8, "sandwich-top", 3, ONE_SWEEP, 1.00),
         (8, "sandwich-top", 3, jacobi(2, 1), 1.42),
         (8, "sandwich-top", 3, jacobi(0, 2), 1.62),
         (8, "sandwich-middle", 3, jacobi(7, 2), 1.83),
         (8, "sandwich-middle", 3, jacobi(1, 2), 1.33),
-        (8, "sandwich-middle", 3, FAST, 1.08),
+        (8, "sandwich-middle", 3, TWO_SWEEP, 1.08),
         (22, "sandwich-top", 3, strided(4, 1, 1), 1.29),
         (22, "sandwich-top", 11, strided(4, 1, 1), 1.17),
         (22, "sandwich-middle", 3, strided(4, 1, 1), 1.14),
@@ -71,8 +71,8 @@ def test_prefill_work(recipe: Recipe, work: float) -> None:
     ("recipe", "steps"),
     [
         (jacobi(7, 2), 2 + 8 * 5 + 6),
-        (FAST, 2 + 2 * 4 * 5 + 1),
-        (CHEAPEST, 2 + 4 * 5 + 1),
+        (TWO_SWEEP, 2 + 2 * 4 * 5 + 1),
+        (ONE_SWEEP, 2 + 4 * 5 + 1),
         (Recipe(forward_passes=0, backward_passes=1, start=Start.SELF), 2 + 5 + 6),
     ],
     ids=str,
@@ -180,6 +180,6 @@ def test_carried_keys_and_values_are_counted() -> None:
         return cost.train_flops_per_token(shape, plan) - sweeps - head
 
     assert extra(strided(4, 1, 1)) == pytest.approx(0)
-    assert extra(CHEAPEST) == pytest.approx(3 * projection)
+    assert extra(ONE_SWEEP) == pytest.approx(3 * projection)
     assert extra(strided(4, 1, 1, Start.INPUT)) == pytest.approx(projection)
-    assert extra(FAST) == pytest.approx(2 * projection)  # its input is a constant
+    assert extra(TWO_SWEEP) == pytest.approx(2 * projection)  # its input is a constant
