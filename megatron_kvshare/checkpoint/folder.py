@@ -26,7 +26,7 @@ def latest_iteration(root: Path) -> int | None:
     tracker = root / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdecimal():
         fix = f"write the number of the newest iter_* folder into {tracker}"
         raise CheckpointError(Fault(str(tracker), text, "it must hold one whole number", fix))

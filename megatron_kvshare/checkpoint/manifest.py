@@ -274,5 +274,8 @@ def _fix(name: str) -> str:
     if name == "kv_map":
         return "use the checkpoint's map, or start without --load"
     if name == "kv_recipe":
-        return "give the checkpoint's recipe by --kv-recipe, or train on with another by --finetune"
+        return (
+            "leave out --kv-recipe and the flags of its parts to go on with the checkpoint's, or"
+            " train on with another by --finetune"
+        )
     return "use the checkpoint's value, or start without --load"

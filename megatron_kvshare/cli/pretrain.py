@@ -8,8 +8,10 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from megatron_kvshare.checkpoint.recipe import with_recipe_of_checkpoint
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.pipeline import placement
 from megatron_kvshare.config.pretrain import (
@@ -27,8 +29,8 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         0, or EXIT_STOPPED where training was stopped before its last step.
     """
-    config = parse_pretrain(argv)
-    if os.environ.get("RANK", "0") == "0":
+    config = parse_pretrain(argv, completed=partial(with_recipe_of_checkpoint, say=_note))
+    if _is_first():
         for warning in pretrain_warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
     # torch and megatron-core take seconds to import: not before the configuration is right.
@@ -36,6 +38,15 @@ def run(argv: Sequence[str]) -> int:
         _plan(config)
         return 0
     return EXIT_STOPPED if _train(config, argv) and not _would_start_again() else 0
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _note(text: str) -> None:
+    if _is_first():
+        print(f"note: {text}", file=sys.stderr)
 
 
 def _would_start_again() -> bool:
@@ -53,7 +64,7 @@ def _plan(config: PretrainConfig) -> None:
     size = world_size(config)
     vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
     data = plan_data(config.data, data_request(config, batch_layout(config, size), vocabulary))
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         print(report.start(config, data, size, device="planned"))
         print("Dry run: nothing was trained.")
 

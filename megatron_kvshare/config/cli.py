@@ -7,7 +7,7 @@ Megatron flags and broken rules are collected and raised together.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,7 +28,8 @@ class Command:
     """How a subcommand presents itself and what it checks.
 
     ``prog`` is the name in messages, ``description`` and ``examples`` go into the help; ``rules``
-    are run on the configuration; ``megatron`` lists flags that are known without being settings.
+    are run on the configuration; ``megatron`` lists flags that are known without being settings;
+    ``completed`` fills in what the settings leave to files that they name, before any rule.
     """
 
     prog: str
@@ -36,6 +37,7 @@ class Command:
     examples: str = ""
     rules: Sequence[Rule[Any]] = ()
     megatron: MegatronFlags = field(default_factory=dict)
+    completed: Callable[[Any], Any] | None = None
 
 
 def parse(config_type: type[C], argv: Sequence[str], command: Command) -> C:
@@ -53,6 +55,8 @@ def parse(config_type: type[C], argv: Sequence[str], command: Command) -> C:
     reader = _Reader(settings_of(config_type), command)
     reader.read(argv)
     config = _build(config_type, reader)
+    if config is not None and command.completed is not None:
+        config = command.completed(config)
     if config is not None and reader.file_was_read:
         reader.faults += broken(command.rules, config, frozenset(reader.faulty))
     if reader.faults:

@@ -131,7 +131,8 @@ class SharingConfig:
     """How cyclic maps are computed, by name: one-sweep is strided(4;0,1) from input, two-sweep
     strided(4;1,1) with projection at use, paper jacobi(7,2); the next six flags change single parts
     of it. The earlier names cheapest (one-sweep) and fast (two-sweep) are still taken. Left out:
-    two-sweep; paper with --kv-forward-passes, --kv-backward-passes or --kv-solver jacobi."""
+    the checkpoint's with --resume auto and --load, else two-sweep; but paper with
+    --kv-forward-passes, --kv-backward-passes or --kv-solver jacobi."""
     kv_solver: Literal["jacobi", "strided"] | None = None
     """jacobi: every token reads the pass before; strided: a pass visits interleaved token subsets
     one after another, and each reads what the earlier ones have refreshed."""

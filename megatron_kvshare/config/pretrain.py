@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +68,17 @@ class BatchLayout:
     num_microbatches: int
 
 
-def parse_pretrain(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> PretrainConfig:
+def parse_pretrain(
+    argv: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    completed: Callable[[PretrainConfig], PretrainConfig] | None = None,
+) -> PretrainConfig:
     """The checked configuration of a run.
 
     Args:
         argv: arguments after ``kvshare pretrain``.
         environ: ``WORLD_SIZE`` of torchrun is read from it.
+        completed: fills in what a checkpoint says, before the rules are checked.
 
     Raises:
         ConfigError: with every fault at once.
@@ -93,6 +98,7 @@ def parse_pretrain(argv: Sequence[str], environ: Mapping[str, str] = os.environ)
         examples=_EXAMPLES,
         rules=(*_LAYOUT_RULES, *RUN_RULES, processes),
         megatron=MEGATRON_FLAGS,
+        completed=completed,
     )
     return parse(PretrainConfig, argv, command)
 

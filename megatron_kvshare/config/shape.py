@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from megatron_kvshare.config.model import ModelConfig, SharingConfig
 from megatron_kvshare.config.rules_model import sharing_map
 from megatron_kvshare.sharing.cost import ModelShape
@@ -35,15 +38,16 @@ def model_shape(model: ModelConfig, vocab_size: int, window_size: int | None = N
     )
 
 
-def recipe(sharing: SharingConfig) -> Recipe:
-    """How cyclic groups are computed. Raises :class:`MapError`."""
-    named = RECIPES[sharing.kv_recipe or _usual_recipe(sharing)]
+def recipe(sharing: SharingConfig, usual: Recipe = RECIPES[DEFAULT_RECIPE]) -> Recipe:
+    """How cyclic groups are computed; flags of parts change ``usual`` where none says what they
+    change. Raises :class:`MapError`."""
+    named = _named(sharing) or usual
     solver = Solver(sharing.kv_solver or named.solver)
-    usual = named.stride if solver is named.solver else _USUAL_STRIDE[solver]
+    stride = named.stride if solver is named.solver else _USUAL_STRIDE[solver]
     forward, backward = sharing.kv_forward_passes, sharing.kv_backward_passes
     return Recipe(
         solver=solver,
-        stride=usual if sharing.kv_stride is None else sharing.kv_stride,
+        stride=stride if sharing.kv_stride is None else sharing.kv_stride,
         forward_passes=named.forward_passes if forward is None else forward,
         backward_passes=named.backward_passes if backward is None else backward,
         start=Start(sharing.kv_start or named.start),
@@ -51,12 +55,29 @@ def recipe(sharing: SharingConfig) -> Recipe:
     )
 
 
-def _usual_recipe(sharing: SharingConfig) -> str:
-    """The default, or the published passes for who writes them as the method's users do:
+def _named(sharing: SharingConfig) -> Recipe | None:
+    """By ``--kv-recipe``, or the published passes for who writes them as the method's users do:
     ``--kv-forward-passes 7 --kv-backward-passes 2``, or ``--kv-solver jacobi``."""
+    if sharing.kv_recipe is not None:
+        return RECIPES[sharing.kv_recipe]
     passes = (sharing.kv_forward_passes, sharing.kv_backward_passes)
     published = sharing.kv_solver == "jacobi" or any(number is not None for number in passes)
-    return "paper" if published else DEFAULT_RECIPE
+    return RECIPES["paper"] if published else None
+
+
+def takes_usual_recipe(sharing: SharingConfig) -> bool:
+    """Whether the settings leave open which recipe it is whose parts they may change."""
+    return _named(sharing) is None
+
+
+def with_recipe(sharing: SharingConfig, recipe: Recipe) -> SharingConfig:
+    """The settings that say all of ``recipe``, whatever is usual."""
+    parts: dict[str, Any] = {f"kv_{name}": value for name, value in recipe.as_dict().items()}
+    parts["kv_recipe"] = "paper"
+    for name, known in RECIPES.items():
+        if known == recipe:
+            parts = {"kv_recipe": name}
+    return replace(sharing, **parts)
 
 
 def execution_plan(model: ModelConfig, sharing: SharingConfig) -> ExecutionPlan:

@@ -31,12 +31,13 @@ from megatron_kvshare.config.shape import (
 from megatron_kvshare.data import train_data
 from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
+from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.optimizer import (
     build_optimizer,
     build_scheduler,
     wrap_stages,
 )
-from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
@@ -73,6 +74,7 @@ def prepare(config: PretrainConfig, state: ParallelState, pulse: Pulse | None = 
     torch.manual_seed(config.train.seed)
     layout = batch_layout(config, state.world_size)
     with together(state):
+        _check_same_recipe(config)
         settings = chosen(config.checkpoint, state)
     iteration = _newest_iteration(settings, state)
     with together(state):
@@ -120,6 +122,15 @@ def prepare(config: PretrainConfig, state: ParallelState, pulse: Pulse | None = 
         continued=None if found is None or settings.finetune else found.folder,
         tracking={} if found is None or settings.finetune else found.manifest.tracking,
     )
+
+
+def _check_same_recipe(config: PretrainConfig) -> None:
+    """Every rank took it from the checkpoint it saw: file systems may show them different ones."""
+    recipes = gather_objects(str(recipe(config.sharing)))
+    if len(set(recipes)) > 1:
+        rule = "ranks have read different recipes, so they do not see the same checkpoints"
+        fix = "use a folder that all nodes see, or name the recipe by --kv-recipe"
+        raise CheckpointError(Fault("--kv-recipe", ", ".join(recipes), rule, fix))
 
 
 def _newest_iteration(settings: CheckpointConfig, state: ParallelState) -> int | None:

@@ -76,7 +76,18 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def format_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three checkpoints made by the last version that wrote format 4, by means of megatron-core, on
     two data-parallel ranks, after three of six steps."""
-    root = tmp_path_factory.mktemp("format_4")
-    with tarfile.open(Path(__file__).with_name("format_4.tar.xz")) as packed:
+    return unpacked("format_4", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def format_6(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of a cyclic map made while one sweep was the default recipe, without
+    `--kv-recipe`, on one process, after three of six steps; one with `--kv-start self`."""
+    return unpacked("format_6", tmp_path_factory)
+
+
+def unpacked(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp(name)
+    with tarfile.open(Path(__file__).with_name(f"{name}.tar.xz")) as packed:
         packed.extractall(root)
     return root

@@ -9,12 +9,14 @@ import math
 import multiprocessing
 import shlex
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 
+from megatron_kvshare.checkpoint.recipe import with_recipe_of_checkpoint
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.errors import KVShareError
@@ -70,10 +72,10 @@ def run_pretrain(
     """A run of `SMALL` with more flags."""
     # Loaders are children, which a daemon (a test's worker) may not have.
     multiprocessing.current_process()._config["daemon"] = False
-    config = config_of(layout, flags)
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), happening(state.rank, accident):
+            config = config_of(layout, flags)
             run = pretrain(config, state, Typed(["kvshare", "pretrain", *flags], ["kvshare"]))
     except KVShareError as error:
         return Outcome(output=output.getvalue(), error=str(error))
@@ -94,7 +96,8 @@ def config_of(layout: Layout, flags: list[str]) -> PretrainConfig:
     stages = ["--pipeline-model-parallel-size", str(layout.pipeline)]
     if layout.virtual > 1:
         stages += ["--num-layers-per-virtual-pipeline-stage", "1"]
-    return parse_pretrain([*SMALL, *tensor, *sequence, *stages, *flags])
+    completed = partial(with_recipe_of_checkpoint, say=print)
+    return parse_pretrain([*SMALL, *tensor, *sequence, *stages, *flags], completed=completed)
 
 
 def save_again_and_go_on(state: ParallelState, layout: Layout, flags: list[str]) -> list[Record]:
