@@ -14,11 +14,11 @@ RANKS, WARMUP, STEPS = 2, 2, 4
 CASES: dict[str, dict[str, Any]] = {
     "standard": {"kv_pattern": "standard"},
     "pizza-bottom": {"kv_pattern": "pizza-bottom", "kv_layers": 3},
-    "lasagna-top, local": {"kv_pattern": "lasagna-top", "kv_layers": 4, "kv_forward_passes": 1},
+    "lasagna-top, local": {"kv_pattern": "lasagna-top", "kv_layers": 4, "kv_forward_sweeps": 1},
     "sandwich-top, jacobi(1, 2)": {
         "kv_pattern": "sandwich-top",
         "kv_layers": 3,
-        "kv_forward_passes": 1,
+        "kv_forward_sweeps": 1,
     },
     "sandwich-top, two-sweep": {
         "kv_pattern": "sandwich-top",

@@ -100,8 +100,8 @@ def prefills(run: Run, exact: ExecutionPlan) -> list[dict[str, Any]]:
 
 def _plan(run: Run, stride: int, sweeps: int) -> ExecutionPlan:
     solver = Solver.STRIDED if stride > 1 else Solver.JACOBI
-    passes = {"forward_passes": sweeps - 1, "backward_passes": 1}
-    return solver_plan(run.plan.map, Recipe(solver=solver, stride=stride, **passes))
+    numbers = {"forward_sweeps": sweeps - 1, "backward_sweeps": 1}
+    return solver_plan(run.plan.map, Recipe(solver=solver, stride=stride, **numbers))
 
 
 def standard_model(run: Run) -> KVShareGPT:

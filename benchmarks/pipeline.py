@@ -203,7 +203,7 @@ def simulate() -> list[dict[str, Any]]:
     from megatron_kvshare.sharing.solver import RECIPES, Recipe, solver_plan
 
     recipes = {
-        "jacobi(1, 2)": Recipe(forward_passes=1),
+        "jacobi(1, 2)": Recipe(forward_sweeps=1),
         **{name: RECIPES[name] for name in ("two-sweep", "one-sweep")},
     }
     rows = []

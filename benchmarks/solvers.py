@@ -57,7 +57,7 @@ class Trial:
 RECIPE_FLAGS = {
     "once": [],  # maps without upward layers
     "paper": ["--kv-recipe", "paper"],
-    "jacobi-1-2": ["--kv-forward-passes", "1", "--kv-backward-passes", "2"],
+    "jacobi-1-2": ["--kv-forward-sweeps", "1", "--kv-backward-sweeps", "2"],
     "two-sweep": ["--kv-recipe", "two-sweep"],
     "one-sweep": ["--kv-recipe", "one-sweep"],
 }

@@ -6,7 +6,7 @@ transformers.
 Each model's step is timed directly after a step of its reference, once per round, in one process;
 "ratio" is the median over rounds of the ratio within a pair, "best/best" the ratio of the two
 fastest steps. A step is the whole of it: forward, backward, gradient norm, clipping, AdamW.
-"formula" is the published layer count without skipping, "bound" the FLOPs that the passes need
+"formula" is the published layer count without skipping, "bound" the FLOPs that the sweeps need
 after skipping with head and optimizer counted, both over the standard map.
 """
 

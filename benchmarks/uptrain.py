@@ -99,7 +99,7 @@ def _run(trial: Trial, hf: Path, data: Path) -> dict[str, float]:
 
 
 def _loss(checkpoint: Path, data: Path, folder: Path) -> float:
-    """Validation loss by the passes of training, over the same tokens for every run."""
+    """Validation loss by the sweeps of training, over the same tokens for every run."""
     where = ["--data-path", data, "--split", "97,3,0", "--seq-length", 512, "--gap-tokens", 0]
     out = folder / f"scores-{checkpoint.name}"
     _kvshare("evaluate", "--load", checkpoint, *where, "--max-tokens", 8_192, "--output", out)

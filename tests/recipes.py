@@ -9,8 +9,8 @@ def strided(stride: int, forward: int, backward: int, start: str = "zero", p: bo
     return Recipe(
         solver=Solver.STRIDED,
         stride=stride,
-        forward_passes=forward,
-        backward_passes=backward,
+        forward_sweeps=forward,
+        backward_sweeps=backward,
         start=Start(start),
         project_at_use=p,
     )
@@ -18,5 +18,5 @@ def strided(stride: int, forward: int, backward: int, start: str = "zero", p: bo
 
 def jacobi(forward: int, backward: int, start: str = "zero", p: bool = False) -> Recipe:
     return Recipe(
-        forward_passes=forward, backward_passes=backward, start=Start(start), project_at_use=p
+        forward_sweeps=forward, backward_sweeps=backward, start=Start(start), project_at_use=p
     )

@@ -135,6 +135,9 @@ def read_manifest(folder: Path) -> Manifest:
             values["has_optimizer"] = values.pop("optimizer_format") is not None
         if version < 2:
             values["identity"]["kv_recipe"] = _recipe_of_version_1(values)
+        recipe = values["identity"].get("kv_recipe")
+        if recipe is not None:  # its parts have had other names
+            values["identity"]["kv_recipe"] = Recipe.from_dict(recipe).as_dict()
         return Manifest(**{**values, "progress": _progress(values["progress"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = "this is not a complete checkpoint of megatron_kvshare"
@@ -153,8 +156,8 @@ def _recipe_of_version_1(values: dict[str, Any]) -> dict[str, Any] | None:
     """Version 1 knew the published passes only and wrote their numbers among the settings."""
     if not SharingMap.parse(values["identity"]["kv_map"]).is_cyclic:
         return None
-    passes = ("forward_passes", "backward_passes")
-    return Recipe(**{name: values["config"][f"kv_{name}"] for name in passes}).as_dict()
+    forward, backward = (values["config"][f"kv_{kind}_passes"] for kind in ("forward", "backward"))
+    return Recipe(forward_sweeps=forward, backward_sweeps=backward).as_dict()
 
 
 def identity(

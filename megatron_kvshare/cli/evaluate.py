@@ -24,7 +24,7 @@ _EXAMPLES = """\
   kvshare evaluate --hf runs/my/hf --tasks hellaswag piqa --task-path runs/lm-eval-tasks
 
 Losses are nats per token. For maps with upward layers the first --gap-tokens are also evaluated
-exactly, as decoding computes them: gap = exact - by passes. lm-eval tasks need the extra `eval`;
+exactly, as decoding computes them: gap = exact - by sweeps. lm-eval tasks need the extra `eval`;
 tools/lm_eval_tasks.py makes the paper's eight from a package, without a network."""
 
 

@@ -128,7 +128,7 @@ def _draw(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> Non
     console.print(draw.map_table(plan, shape.window_size, ascii_only))
     if plan.map.is_cyclic:
         console.print(f"Recipe {recipe_name(recipe(sharing))}.")
-    console.print(draw.passes_text(plan))
+    console.print(draw.sweeps_text(plan))
     console.print(draw.cost_table(shape, plan))
     if plan.map.is_cyclic:
         console.print(draw.recipe_table(shape, plan.map))

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from megatron_kvshare.config.help import help_text
 from megatron_kvshare.config.megatron_flags import MegatronFlags, megatron_fault
+from megatron_kvshare.config.renamed import RENAMED
 from megatron_kvshare.config.rule import Rule, broken
 from megatron_kvshare.config.settings import Setting, groups_of, settings_of
 from megatron_kvshare.config.sources import Given, read_arguments, read_yaml
@@ -101,7 +102,7 @@ class _Reader:
                 self._take(given)
 
     def _take(self, given: Given) -> None:
-        setting = self.settings.get(given.key)
+        setting = self.settings.get(RENAMED.get(given.key, given.key))
         if setting is not None:
             self._set(setting, given, invert=False)
         elif given.key in self.negatives:

@@ -132,29 +132,31 @@ class SharingConfig:
     strided(4;1,1) with projection at use, paper jacobi(7,2); the next six flags change single parts
     of it. The earlier names cheapest (one-sweep) and fast (two-sweep) are still taken. Left out:
     the checkpoint's with --resume auto and --load, else two-sweep; but paper with
-    --kv-forward-passes, --kv-backward-passes or --kv-solver jacobi."""
+    --kv-forward-sweeps, --kv-backward-sweeps or --kv-solver jacobi."""
     kv_solver: Literal["jacobi", "strided"] | None = None
-    """jacobi: every token reads the pass before; strided: a pass visits interleaved token subsets
+    """jacobi: every token reads the sweep before; strided: a sweep visits interleaved token subsets
     one after another, and each reads what the earlier ones have refreshed."""
     kv_stride: Count | None = None
     """strided: number of token subsets; left out: 4."""
-    kv_forward_passes: Index | None = None
-    """Passes without gradient over each cyclic group (m); left out: the recipe's."""
-    kv_backward_passes: Count | None = None
-    """Passes with gradient over each cyclic group (b); left out: the recipe's."""
+    kv_forward_sweeps: Index | None = None
+    """Sweeps without gradient over each cyclic group (m); left out: the recipe's. The earlier names
+    of this and the next flag, --kv-min-sweeps and --kv-max-sweeps, which end in -passes, are still
+    taken."""
+    kv_backward_sweeps: Count | None = None
+    """Sweeps with gradient over each cyclic group (b); left out: the recipe's."""
     kv_start: Literal["zero", "input", "self"] | None = None
-    """What the first pass reads: nothing (zero), the target's K and V projections of the group's
-    input (input), or those of every layer's own input in one more parallel pass (self)."""
+    """What the first sweep reads: nothing (zero), the target's K and V projections of the group's
+    input (input), or those of every layer's own input in one more parallel sweep (self)."""
     kv_project_at_use: bool = False
-    """Carry the target's input, not its K and V, out of the passes without gradient, and project
+    """Carry the target's input, not its K and V, out of the sweeps without gradient, and project
     it with gradient where it is read."""
     kv_tolerance: Positive | None = None
-    """Evaluation: repeat passes without gradient until the shared KV move by at most this
-    (relative); left out: as many passes as in training."""
-    kv_min_passes: Index = 1
-    """With --kv-tolerance: at least this many passes without gradient."""
-    kv_max_passes: Count = 16
-    """With --kv-tolerance: at most this many passes without gradient."""
+    """Evaluation: repeat sweeps without gradient until the shared KV move by at most this
+    (relative); left out: as many sweeps as in training."""
+    kv_min_sweeps: Index = 1
+    """With --kv-tolerance: at least this many sweeps without gradient."""
+    kv_max_sweeps: Count = 16
+    """With --kv-tolerance: at most this many sweeps without gradient."""
     kv_tolerance_in_training: bool = False
     """Use --kv-tolerance in training too."""
     kv_gap_iters: Index = 1

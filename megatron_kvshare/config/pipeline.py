@@ -138,7 +138,7 @@ def spanning_groups_can_run(config: PretrainConfig) -> Iterator[Fault]:
         yield Fault("--kv-start", "self", rule_text, f"use --kv-start zero or input, {inside}")
     if config.sharing.kv_tolerance is not None:
         rule_text = f"{where}: the number of sweeps round the pipeline must be known before"
-        fix = f"drop --kv-tolerance and give --kv-forward-passes, {inside}"
+        fix = f"drop --kv-tolerance and give --kv-forward-sweeps, {inside}"
         yield Fault("--kv-tolerance", config.sharing.kv_tolerance, rule_text, fix)
     if config.parallel.overlap_grad_reduce:
         rule_text = f"{where}: its weights get gradients several times in a microbatch"

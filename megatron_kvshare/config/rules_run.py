@@ -69,11 +69,11 @@ def wsd_fits(config: PretrainConfig) -> Iterator[Fault]:
 
 @rule("attention_dropout hidden_dropout num_layers kv_pattern kv_layers kv_map")
 def dropout_is_off(config: PretrainConfig) -> Iterator[Fault]:
-    """Dropout is not implemented; over iterated passes it would not even be well defined."""
+    """Dropout is not implemented; over iterated sweeps it would not even be well defined."""
     reason = "dropout is not supported"
     try:
         if sharing_map(config.model, config.sharing).is_cyclic:
-            reason += ", and with a cyclic map every pass would see another mask"
+            reason += ", and with a cyclic map every sweep would see another mask"
     except MapError:
         pass  # reported by the map's own rule
     for name in ("attention_dropout", "hidden_dropout"):

@@ -12,7 +12,7 @@ from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.errors import Fault, MapError
 
 _RECIPE = (
-    "kv_recipe kv_solver kv_stride kv_forward_passes kv_backward_passes kv_start kv_project_at_use"
+    "kv_recipe kv_solver kv_stride kv_forward_sweeps kv_backward_sweeps kv_start kv_project_at_use"
 )
 _MAP = "num_layers kv_pattern kv_layers kv_map"
 
@@ -33,16 +33,16 @@ def recipe_is_possible(config: HasSharing) -> Iterator[Fault]:
         yield from error.faults
 
 
-@rule("kv_tolerance kv_min_passes kv_max_passes kv_tolerance_in_training")
+@rule("kv_tolerance kv_min_sweeps kv_max_sweeps kv_tolerance_in_training")
 def tolerance_fits(config: HasSharing) -> Iterator[Fault]:
     """The floor is below the cap, and training by tolerance has one."""
     sharing = config.sharing
-    if sharing.kv_min_passes > sharing.kv_max_passes:
+    if sharing.kv_min_sweeps > sharing.kv_max_sweeps:
         yield Fault(
-            "--kv-min-passes",
-            sharing.kv_min_passes,
-            f"it must be at most --kv-max-passes {sharing.kv_max_passes}",
-            f"use --kv-min-passes {sharing.kv_max_passes} or less",
+            "--kv-min-sweeps",
+            sharing.kv_min_sweeps,
+            f"it must be at most --kv-max-sweeps {sharing.kv_max_sweeps}",
+            f"use --kv-min-sweeps {sharing.kv_max_sweeps} or less",
         )
     if sharing.kv_tolerance_in_training and sharing.kv_tolerance is None:
         rule_text = "it needs --kv-tolerance"

@@ -44,12 +44,12 @@ def recipe(sharing: SharingConfig, usual: Recipe = RECIPES[DEFAULT_RECIPE]) -> R
     named = _named(sharing) or usual
     solver = Solver(sharing.kv_solver or named.solver)
     stride = named.stride if solver is named.solver else _USUAL_STRIDE[solver]
-    forward, backward = sharing.kv_forward_passes, sharing.kv_backward_passes
+    forward, backward = sharing.kv_forward_sweeps, sharing.kv_backward_sweeps
     return Recipe(
         solver=solver,
         stride=stride if sharing.kv_stride is None else sharing.kv_stride,
-        forward_passes=named.forward_passes if forward is None else forward,
-        backward_passes=named.backward_passes if backward is None else backward,
+        forward_sweeps=named.forward_sweeps if forward is None else forward,
+        backward_sweeps=named.backward_sweeps if backward is None else backward,
         start=Start(sharing.kv_start or named.start),
         project_at_use=sharing.kv_project_at_use or named.project_at_use,
     )
@@ -57,11 +57,11 @@ def recipe(sharing: SharingConfig, usual: Recipe = RECIPES[DEFAULT_RECIPE]) -> R
 
 def _named(sharing: SharingConfig) -> Recipe | None:
     """By ``--kv-recipe``, or the published passes for who writes them as the method's users do:
-    ``--kv-forward-passes 7 --kv-backward-passes 2``, or ``--kv-solver jacobi``."""
+    ``--kv-forward-sweeps 7 --kv-backward-sweeps 2``, or ``--kv-solver jacobi``."""
     if sharing.kv_recipe is not None:
         return RECIPES[sharing.kv_recipe]
-    passes = (sharing.kv_forward_passes, sharing.kv_backward_passes)
-    published = sharing.kv_solver == "jacobi" or any(number is not None for number in passes)
+    sweeps = (sharing.kv_forward_sweeps, sharing.kv_backward_sweeps)
+    published = sharing.kv_solver == "jacobi" or any(number is not None for number in sweeps)
     return RECIPES["paper"] if published else None
 
 
@@ -81,13 +81,13 @@ def with_recipe(sharing: SharingConfig, recipe: Recipe) -> SharingConfig:
 
 
 def execution_plan(model: ModelConfig, sharing: SharingConfig) -> ExecutionPlan:
-    """The passes of training that the settings ask for. Raises :class:`MapError`."""
+    """The sweeps of training that the settings ask for. Raises :class:`MapError`."""
     tolerance = _tolerance(sharing) if sharing.kv_tolerance_in_training else None
     return solver_plan(sharing_map(model, sharing), recipe(sharing), tolerance)
 
 
 def evaluation_plan(model: ModelConfig, sharing: SharingConfig) -> ExecutionPlan:
-    """The passes of an evaluation: those of training, or as many as ``--kv-tolerance`` needs."""
+    """The sweeps of an evaluation: those of training, or as many as ``--kv-tolerance`` needs."""
     return solver_plan(sharing_map(model, sharing), recipe(sharing), _tolerance(sharing))
 
 
@@ -95,5 +95,5 @@ def _tolerance(sharing: SharingConfig) -> Tolerance | None:
     if sharing.kv_tolerance is None:
         return None
     return Tolerance(
-        residual=sharing.kv_tolerance, least=sharing.kv_min_passes, most=sharing.kv_max_passes
+        residual=sharing.kv_tolerance, least=sharing.kv_min_sweeps, most=sharing.kv_max_sweeps
     )

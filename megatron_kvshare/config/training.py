@@ -146,4 +146,4 @@ class LogConfig:
     peak_tflops: Positive | None = None
     """Peak TFLOP/s of one device for MFU; left out: measured with a matrix product."""
     log_kv_residual: bool = True
-    """Cyclic maps: log how far the shared KV still moves in the last pass."""
+    """Cyclic maps: log how far the shared KV still moves in the last sweep."""

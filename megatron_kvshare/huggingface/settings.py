@@ -35,8 +35,8 @@ _LLAMA3 = {
     "rope_original_max_positions": "original_max_position_embeddings",
 }
 _RECIPE = {
-    "forward_passes": "iter_forward_passes",
-    "backward_passes": "iter_backward_passes",
+    "forward_sweeps": "iter_forward_passes",
+    "backward_sweeps": "iter_backward_passes",
     "project_at_use": "iter_project_at_use",
 }
 _LLAMA_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -246,7 +246,8 @@ class _Reader:
         """Published checkpoints of the method: the map is a string, as in --kv-map."""
         notation = self.config.get("layer_types") or "_".join(map(str, range(layers)))
         map_ = self._of_depth(SharingMap.parse(notation), layers, "layer_types")
-        passes = {ours: self.config.get(ours) for ours in ("forward_passes", "backward_passes")}
-        recipe = Recipe(**{ours: value for ours, value in passes.items() if value is not None})
+        theirs = {f"{kind}_sweeps": f"{kind}_passes" for kind in ("forward", "backward")}
+        sweeps = {ours: self.config.get(key) for ours, key in theirs.items()}
+        recipe = Recipe(**{ours: value for ours, value in sweeps.items() if value is not None})
         window = self.config.get("sliding_window") if any(map_.windowed) else None
         return {"map": map_, "recipe": recipe, "window_size": window}

@@ -19,7 +19,7 @@ from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import EXACT_RESIDUAL_FP32, exact_plan, solver_plan
 
-Mode = Literal["passes", "exact"]
+Mode = Literal["sweeps", "exact"]
 
 
 class LoadedModel:
@@ -34,18 +34,18 @@ class LoadedModel:
         return next(self.model.parameters()).device
 
     def plan(self, mode: Mode, length: int) -> ExecutionPlan:
-        """``passes``: as the model was trained; ``exact``: sweeps until nothing moves, which is
+        """``sweeps``: as the model was trained; ``exact``: sweeps until nothing moves, which is
         what decoding token by token computes. Maps without upward layers know no difference."""
         about = self.description
         if mode == "exact":
             return exact_plan(about.map, length, EXACT_RESIDUAL_FP32)
-        if mode == "passes":
+        if mode in ("sweeps", "passes"):  # the earlier word
             return solver_plan(about.map, about.recipe.for_length(length))
-        rule = "the modes are passes (as in training) and exact (as in decoding)"
-        raise ConfigError(Fault("mode", mode, rule, 'use mode="passes"'))
+        rule = "the modes are sweeps (as in training) and exact (as in decoding)"
+        raise ConfigError(Fault("mode", mode, rule, 'use mode="sweeps"'))
 
     @torch.no_grad()
-    def logits(self, token_ids: torch.Tensor, mode: Mode = "passes") -> torch.Tensor:
+    def logits(self, token_ids: torch.Tensor, mode: Mode = "sweeps") -> torch.Tensor:
         """``LongTensor [batch, seq] -> FloatTensor [batch, seq, vocab]``, on the model's device.
 
         Raises:

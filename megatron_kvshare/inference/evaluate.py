@@ -1,4 +1,4 @@
-"""Perplexity of a model on held-out tokens, and how far its passes are from exact (L6)."""
+"""Perplexity of a model on held-out tokens, and how far its sweeps are from exact (L6)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_kvshare.megatron_api.datasets import Part, split_ranges
 class Scores:
     """Means per predicted token, in nats.
 
-    ``exact_loss``, ``gap`` = exact - by passes, and ``kl`` = KL(exact || passes) over the first
+    ``exact_loss``, ``gap`` = exact - by sweeps, and ``kl`` = KL(exact || by sweeps) over the first
     ``gap_tokens``; None for maps without upward layers, or when not measured.
     """
 
@@ -100,8 +100,8 @@ def score(
     tokens = near_tokens = 0
     for window in windows(ids, length, batch):
         inputs, labels = window[:, :-1], window[:, 1:].to(model.device)
-        passes = model.logits(inputs).log_softmax(-1)
-        loss = _sum_loss(passes, labels)
+        swept = model.logits(inputs).log_softmax(-1)
+        loss = _sum_loss(swept, labels)
         sums["loss"] += loss
         tokens += labels.numel()
         if cyclic and near_tokens < gap_tokens:
@@ -109,7 +109,7 @@ def score(
             near_tokens += labels.numel()
             sums["near"] += loss
             sums["exact"] += _sum_loss(exact, labels)
-            sums["kl"] += float((exact.exp() * (exact - passes)).sum(dtype=torch.float64))
+            sums["kl"] += float((exact.exp() * (exact - swept)).sum(dtype=torch.float64))
         done(tokens, len(ids) - 1)
     mean = sums["loss"] / tokens
     scores = {"tokens": tokens, "loss": mean, "perplexity": math.exp(min(mean, 700.0))}

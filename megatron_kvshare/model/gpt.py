@@ -39,7 +39,7 @@ class ModelOutput(NamedTuple):
 
 
 class KVShareGPT(nn.Module):
-    """A decoder for one tensor-parallel rank. ``plan`` carries the sharing map and its passes;
+    """A decoder for one tensor-parallel rank. ``plan`` carries the sharing map and its sweeps;
     ``stage`` the part of the model that is here (left out: all of it).
 
     Weights are uninitialised memory until :func:`megatron_kvshare.model.parameters.initialize` or a

@@ -85,7 +85,7 @@ KVState = Mapping[int, KVBlocks]
 def residual(new: KVState, old: KVState, targets: Iterable[int]) -> torch.Tensor:
     """``[||KV_n - KV_{n-1}||^2, ||KV_n||^2]`` over ``targets``, fp64 sums of this rank's heads.
 
-    A block that ``old`` lacks counts as zero: that is what the first pass reads.
+    A block that ``old`` lacks counts as zero: that is what the first sweep reads.
     """
     change = total = torch.zeros((), dtype=torch.float64)
     for layer in targets:

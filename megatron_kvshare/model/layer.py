@@ -54,7 +54,7 @@ class KVShareLayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
     def key_values(self, hidden: torch.Tensor, context: VisitContext) -> KV:
-        """The layer's keys and values alone: what a pass needs of its top layer."""
+        """The layer's keys and values alone: what a sweep needs of its top layer."""
         return self.self_attention.key_values(self.input_layernorm(hidden), context)
 
     def read_own(self, hidden: torch.Tensor, context: VisitContext, own: KVBlocks) -> torch.Tensor:

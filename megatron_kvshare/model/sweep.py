@@ -154,7 +154,7 @@ class SweepRunner:
             guess = self.layers[source].key_values(hidden, context)
             return context.readable(step.layer, KVBlocks((guess,)))
         if not reads.blocks(source).known:
-            # An upward layer of the first pass in a plan that does not skip its attention.
+            # An upward layer of the first sweep in a plan that does not skip its attention.
             return context.readable(step.layer, KVBlocks((self._zero_kv(hidden, context),)))
         return reads.readable(step.layer)
 

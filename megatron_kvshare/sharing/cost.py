@@ -1,6 +1,6 @@
 """What a sharing map costs: parameters, FLOPs, KV cache (L1, no torch).
 
-FLOPs are counted from the steps of an :class:`ExecutionPlan`, so they are what the passes need
+FLOPs are counted from the steps of an :class:`ExecutionPlan`, so they are what the sweeps need
 after skipping. Conventions: one multiply-add = 2 FLOPs; matrix products only (no norms, rotations,
 activations); attention counts exactly the tokens its mask shows; the embedding look-up is free and
 the output head is counted; backward = 2 x forward. The keys and values that upward layers read in
@@ -105,7 +105,7 @@ def costs(shape: ModelShape, plan: ExecutionPlan) -> Costs:
 
 
 def standard_plan(num_layers: int) -> ExecutionPlan:
-    """The baseline: every layer owns its keys and values, full attention, one pass."""
+    """The baseline: every layer owns its keys and values, full attention, one sweep."""
     return jacobi_plan(SharingMap(tuple(range(num_layers)), (False,) * num_layers))
 
 
@@ -156,7 +156,7 @@ def train_factor(plan: ExecutionPlan) -> float:
 
 
 def prefill_factor(plan: ExecutionPlan) -> float:
-    """Layer-forwards of a prefill with the plan's passes over those of a standard stack."""
+    """Layer-forwards of a prefill with the plan's sweeps over those of a standard stack."""
     return _layer_forwards(plan, gradient_weight=1) / plan.map.num_layers
 
 
@@ -213,7 +213,7 @@ def train_step_flops(shape: ModelShape, plan: ExecutionPlan, tokens: int) -> flo
 
 
 def prefill_flops(shape: ModelShape, plan: ExecutionPlan) -> float:
-    """A prompt of ``seq_length`` tokens through the plan's passes; the head for its last token."""
+    """A prompt of ``seq_length`` tokens through the plan's sweeps; the head for its last token."""
     layers = _layer_flops(shape, plan, gradient_weight=1)
     return shape.seq_length * layers + head_flops(shape)
 

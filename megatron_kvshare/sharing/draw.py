@@ -53,7 +53,7 @@ def map_table(
     return table
 
 
-def passes_text(plan: ExecutionPlan) -> str:
+def sweeps_text(plan: ExecutionPlan) -> str:
     """How the cyclic groups are computed, in a sentence or two."""
     if not plan.groups:
         return "No layer reads a higher one: every layer runs once, as in a standard model."
@@ -62,20 +62,20 @@ def passes_text(plan: ExecutionPlan) -> str:
     sweeps = plan.groups[0].sweeps
     gradient = sum(sweep.gradient for sweep in sweeps)
     count = len(sweeps) - gradient
-    passes = f"{gradient} pass{'es' * (gradient != 1)} with gradient"
+    text = f"{gradient} sweep{'s' * (gradient != 1)} with gradient"
     if count:
-        passes = f"{count} pass{'es' * (count != 1)} without gradient, then {gradient} with"
+        text = f"{count} sweep{'s' * (count != 1)} without gradient, then {gradient} with"
     limits = [sweep.skip_below for sweep in sweeps if sweep.skip_below is not None]
     if limits:
-        passes = f"up to {passes}; one is left out at a KV residual of {limits[0]:g}"
-    return f"{which}: layers {spans}. {passes}; {_who_reads_what(sweeps[-1])}."
+        text = f"up to {text}; one is left out at a KV residual of {limits[0]:g}"
+    return f"{which}: layers {spans}. {text}; {_who_reads_what(sweeps[-1])}."
 
 
 def _who_reads_what(sweep: Sweep) -> str:
     if sweep.stride == 1:
-        return "upward layers read the keys and values of the pass before"
+        return "upward layers read the keys and values of the sweep before"
     return (
-        f"a pass visits the tokens in {sweep.stride} interleaved subsets, one after another, and"
+        f"a sweep visits the tokens in {sweep.stride} interleaved subsets, one after another, and"
         " upward layers read the newest keys and values there are"
     )
 
@@ -142,7 +142,7 @@ def recipe_table(shape: ModelShape, map: SharingMap) -> Table:
     """The named recipes side by side, all over the standard map: training FLOPs, layer-forwards of
     training, prefill FLOPs, layers one after another in a prefill."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("recipe", "passes"):
+    for title in ("recipe", "sweeps"):
         table.add_column(title, no_wrap=True)
     for title in ("train FLOPs", "layers", "prefill", "depth"):
         table.add_column(title, justify="right")

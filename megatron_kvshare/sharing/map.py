@@ -1,6 +1,6 @@
 """The sharing map: which layer's keys and values every layer reads (L1, no torch).
 
-Everything else (attention masks, pass plans, costs, checkpoint names, caches) asks this one object.
+Everything else (attention masks, sweep plans, costs, checkpoint names, caches) asks this object.
 """
 
 from __future__ import annotations

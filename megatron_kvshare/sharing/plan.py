@@ -55,7 +55,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One pass over the layers of a segment for every token, started from the segment's input.
+    """One round over the layers of a segment for every token, started from the segment's input.
 
     The ``visits`` run one after another, each over one of ``stride`` interleaved token subsets; a
     later visit reads the KV that earlier ones have refreshed (Gauss-Seidel). ``finish`` then runs

@@ -27,6 +27,7 @@ from megatron_kvshare.sharing.plan import (
     Visit,
 )
 
+_OLD_PARTS = {"forward_passes": "forward_sweeps", "backward_passes": "backward_sweeps"}
 _EXACT_STRIDE = 8
 EXACT_RESIDUAL_FP32, EXACT_RESIDUAL_BF16 = 1e-6, 4e-3
 """KV that move by less have converged: about the rounding of one sweep."""
@@ -47,17 +48,17 @@ class Start(StrEnum):
     SELF = "self"  # of one parallel sweep, in which upward layers read W_K, W_V of their own input
 
 
-def pass_faults(forward_passes: int, backward_passes: int) -> list[Fault]:
+def sweep_faults(forward_sweeps: int, backward_sweeps: int) -> list[Fault]:
     """What is wrong with the numbers of sweeps (empty when they are fine)."""
     faults = []
-    if forward_passes < 0:
-        rule = "the number of passes without gradient cannot be negative"
+    if forward_sweeps < 0:
+        rule = "the number of sweeps without gradient cannot be negative"
         fix = "use 0 or more (the published value is 7)"
-        faults.append(Fault("--kv-forward-passes", forward_passes, rule, fix))
-    if backward_passes < 1:
-        rule = "at least one pass must carry gradient, or nothing in the group is trained"
+        faults.append(Fault("--kv-forward-sweeps", forward_sweeps, rule, fix))
+    if backward_sweeps < 1:
+        rule = "at least one sweep must carry gradient, or nothing in the group is trained"
         fix = "use 1 or more (the published value is 2)"
-        faults.append(Fault("--kv-backward-passes", backward_passes, rule, fix))
+        faults.append(Fault("--kv-backward-sweeps", backward_sweeps, rule, fix))
     return faults
 
 
@@ -72,10 +73,10 @@ def _stride_faults(solver: Solver, stride: int) -> list[Fault]:
 
 
 def _projection_faults(recipe: Recipe) -> list[Fault]:
-    if not recipe.project_at_use or recipe.forward_passes > 0 or recipe.start is Start.SELF:
+    if not recipe.project_at_use or recipe.forward_sweeps > 0 or recipe.start is Start.SELF:
         return []
-    rule = "it concerns what leaves the passes without gradient, and there are none"
-    fix = "use --kv-forward-passes 1 or --kv-start self, or drop --kv-project-at-use"
+    rule = "it concerns what leaves the sweeps without gradient, and there are none"
+    fix = "use --kv-forward-sweeps 1 or --kv-start self, or drop --kv-project-at-use"
     return [Fault("--kv-project-at-use", True, rule, fix)]
 
 
@@ -83,7 +84,7 @@ def _projection_faults(recipe: Recipe) -> list[Fault]:
 class Recipe:
     """One way to compute every cyclic group of a map.
 
-    ``forward_passes`` sweeps without gradient, then ``backward_passes`` with. ``project_at_use``:
+    ``forward_sweeps`` sweeps without gradient, then ``backward_sweeps`` with. ``project_at_use``:
     what leaves the sweeps without gradient is the input of the producers, not their KV, and the
     first sweep with gradient applies ``W_K``, ``W_V`` to it, so that these are trained through
     every reader. Raises :class:`MapError`, with all faults at once, for a recipe that cannot be.
@@ -91,14 +92,14 @@ class Recipe:
 
     solver: Solver = Solver.JACOBI
     stride: int = 1
-    forward_passes: int = 7
-    backward_passes: int = 2
+    forward_sweeps: int = 7
+    backward_sweeps: int = 2
     start: Start = Start.ZERO
     project_at_use: bool = False
 
     def __post_init__(self) -> None:
         faults = [
-            *pass_faults(self.forward_passes, self.backward_passes),
+            *sweep_faults(self.forward_sweeps, self.backward_sweeps),
             *_stride_faults(self.solver, self.stride),
             *_projection_faults(self),
         ]
@@ -107,9 +108,10 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """The inverse of :meth:`as_dict`."""
+        """The inverse of :meth:`as_dict`, whose keys had other names before."""
+        current = {_OLD_PARTS.get(name, name): value for name, value in values.items()}
         enums = {"solver": Solver(values["solver"]), "start": Start(values["start"])}
-        return cls(**{**values, **enums})
+        return cls(**{**current, **enums})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as checkpoints and exports store them."""
@@ -126,9 +128,9 @@ class Recipe:
     def __str__(self) -> str:
         """``strided(4; 1, 1)p``, ``jacobi(7, 2)``, ``strided(4; 0, 1) from input``."""
         stride = f"{self.stride}; " if self.solver is Solver.STRIDED else ""
-        passes = f"{self.forward_passes}, {self.backward_passes}"
+        sweeps = f"{self.forward_sweeps}, {self.backward_sweeps}"
         start = "" if self.start is Start.ZERO else f" from {self.start}"
-        return f"{self.solver}({stride}{passes}){'p' * self.project_at_use}{start}"
+        return f"{self.solver}({stride}{sweeps}){'p' * self.project_at_use}{start}"
 
 
 OLD_NAMES = {"cheapest": "one-sweep", "fast": "two-sweep"}
@@ -150,13 +152,13 @@ class _Recipes(dict[str, Recipe]):
 RECIPES: Mapping[str, Recipe] = _Recipes(
     {
         "one-sweep": Recipe(
-            solver=Solver.STRIDED, stride=4, forward_passes=0, backward_passes=1, start=Start.INPUT
+            solver=Solver.STRIDED, stride=4, forward_sweeps=0, backward_sweeps=1, start=Start.INPUT
         ),
         "two-sweep": Recipe(
             solver=Solver.STRIDED,
             stride=4,
-            forward_passes=1,
-            backward_passes=1,
+            forward_sweeps=1,
+            backward_sweeps=1,
             project_at_use=True,
         ),
         "paper": Recipe(),
@@ -182,7 +184,7 @@ class Prefill(StrEnum):
     EXACT = "exact"  # sweeps until nothing moves
 
 
-CONVERGED_PREFILL = Recipe(solver=Solver.STRIDED, stride=8, forward_passes=1, backward_passes=1)
+CONVERGED_PREFILL = Recipe(solver=Solver.STRIDED, stride=8, forward_sweeps=1, backward_sweeps=1)
 """Two sweeps over eight subsets: of the plans that ``benchmarks/solvers.py`` measures, the fastest
 whose loss is less than 0.001 from exact for every model (docs/solvers.md)."""
 
@@ -206,7 +208,7 @@ def solver_plan(
     """The sweeps of ``recipe`` for every cyclic group; layers outside groups run once.
 
     With a ``tolerance`` the number of sweeps without gradient is found while running, between its
-    limits, and ``forward_passes`` does not matter. ``skip`` leaves out what a sweep does not need,
+    limits, and ``forward_sweeps`` does not matter. ``skip`` leaves out what a sweep does not need,
     without changing any result: attention of upward layers that have nothing to read, and all but
     the KV of the group's top layer in every sweep but the last.
     """
@@ -234,7 +236,7 @@ def exact_plan(
     if sequence_ranks > 1:
         stride = math.gcd(stride, length // sequence_ranks)
     solver = Solver.STRIDED if stride > 1 else Solver.JACOBI
-    recipe = Recipe(solver=solver, stride=stride, forward_passes=1, backward_passes=1)
+    recipe = Recipe(solver=solver, stride=stride, forward_sweeps=1, backward_sweeps=1)
     recipe = recipe.for_length(length)
     most = max(1, -(-length // recipe.stride) - 1)
     return solver_plan(map, recipe, Tolerance(residual=residual, least=1, most=most))
@@ -254,10 +256,10 @@ def prefill_plan(
 
 
 def jacobi_plan(
-    map: SharingMap, forward_passes: int = 7, backward_passes: int = 2, skip: bool = True
+    map: SharingMap, forward_sweeps: int = 7, backward_sweeps: int = 2, skip: bool = True
 ) -> ExecutionPlan:
     """The published iteration. Raises :class:`MapError` for an impossible number of sweeps."""
-    recipe = Recipe(forward_passes=forward_passes, backward_passes=backward_passes)
+    recipe = Recipe(forward_sweeps=forward_sweeps, backward_sweeps=backward_sweeps)
     return solver_plan(map, recipe, skip=skip)
 
 
@@ -278,8 +280,8 @@ class _Group:
 
     def segment(self, tolerance: Tolerance | None) -> Segment:
         recipe = self.recipe
-        without_gradient = recipe.forward_passes if tolerance is None else tolerance.most
-        count = without_gradient + recipe.backward_passes
+        without_gradient = recipe.forward_sweeps if tolerance is None else tolerance.most
+        count = without_gradient + recipe.backward_sweeps
         sweeps = [self._sweep(number, without_gradient, count) for number in range(count)]
         if tolerance is not None:
             for number in range(tolerance.least, without_gradient):

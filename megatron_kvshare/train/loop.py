@@ -110,12 +110,12 @@ def warn_of_gap(run: Run, gap: float | None) -> None:
     limit = run.config.sharing.kv_gap_warning
     if gap is None or abs(gap) <= limit:
         return
-    passes = recipe(run.config.sharing).forward_passes
+    sweeps = recipe(run.config.sharing).forward_sweeps
     warn(
         run.state,
         f"the exact loss, which decoding has, is {gap:+.4f} from the loss after this run's"
-        f" passes (--kv-gap-warning {limit:g}). Train with more of them: --kv-recipe two-sweep or"
-        f" paper, or --kv-forward-passes above {passes}.",
+        f" sweeps (--kv-gap-warning {limit:g}). Train with more of them: --kv-recipe two-sweep or"
+        f" paper, or --kv-forward-sweeps above {sweeps}.",
     )
 
 

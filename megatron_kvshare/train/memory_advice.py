@@ -101,16 +101,16 @@ def _changes(job: Job) -> Iterator[_Change]:
 
 
 def _fewer_sweeps(config: PretrainConfig) -> Iterator[_Change]:
-    """Activations are kept for every pass with gradient."""
+    """Activations are kept for every sweep with gradient."""
     sharing = config.sharing
     is_cyclic = bool(execution_plan(config.model, sharing).groups)
-    if not is_cyclic or recipe(sharing).backward_passes == 1:
+    if not is_cyclic or recipe(sharing).backward_sweeps == 1:
         return
     remark = ", and another way to train"
-    if sharing.kv_recipe is not None and sharing.kv_backward_passes is None:
+    if sharing.kv_recipe is not None and sharing.kv_backward_sweeps is None:
         yield _changed(config, "sharing", remark, kv_recipe=DEFAULT_RECIPE)
     else:
-        yield _changed(config, "sharing", remark, kv_backward_passes=1)
+        yield _changed(config, "sharing", remark, kv_backward_sweeps=1)
 
 
 def _changed(config: PretrainConfig, group: str, remark: str, **settings: Any) -> _Change:

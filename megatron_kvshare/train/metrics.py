@@ -73,9 +73,9 @@ class Metrics:
     A training record has ``step`` (from 1), ``loss`` (that step's mean over the unmasked tokens of
     its global batch), ``lr``, ``grad_norm`` (before clipping), ``tokens`` (consumed by the whole
     run so far, masked ones included), ``tokens_per_second`` (all devices, since the last record),
-    ``tflops`` (per device, of what the passes need after skipping), ``mfu``, ``eta_seconds``,
-    ``skipped_steps`` and for cyclic maps ``kv_residual`` (of the last pass) and ``kv_residual_1``,
-    ``kv_residual_2``, ... (of every pass); ``skipped`` is there, and true, on a
+    ``tflops`` (per device, of what the sweeps need after skipping), ``mfu``, ``eta_seconds``,
+    ``skipped_steps`` and for cyclic maps ``kv_residual`` (of the last sweep) and ``kv_residual_1``,
+    ``kv_residual_2``, ... (of every sweep); ``skipped`` is there, and true, on a
     step that changed nothing. A validation record has ``step``, ``valid_loss``,
     ``valid_perplexity`` and for cyclic maps ``valid_kv_gap`` (exact minus iterated loss) and
     ``valid_kv_residual...`` as above. Numbers are not rounded.
@@ -130,7 +130,7 @@ class Metrics:
 
 
 def residual_fields(residuals: Sequence[float]) -> dict[str, float | None]:
-    """The passes' KV residuals as fields of a record; none if they were not measured."""
+    """The sweeps' KV residuals as fields of a record; none if they were not measured."""
     if not residuals:
         return {}
     each = {f"kv_residual_{number}": value for number, value in enumerate(residuals, 1)}

@@ -61,7 +61,7 @@ def _model_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
         f"{owners} of {plan.map.num_layers} layers own keys and values: KV cache "
         f"{costs.kv_bytes_per_token:,} bytes per token, 1/{costs.kv_reduction:.2f} of standard",
         *([f"recipe {recipe_name(recipe(config.sharing))}"] if plan.groups else []),
-        draw.passes_text(plan),
+        draw.sweeps_text(plan),
         f"training FLOPs {costs.train_flops_ratio:.2f} x the standard map's",
         f"parameters {costs.parameters:,}: "
         + ", ".join(

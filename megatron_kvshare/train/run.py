@@ -41,7 +41,7 @@ class Orders(NamedTuple):
 class StepResult(NamedTuple):
     """``loss``: mean over the unmasked tokens of the global batch, whatever its split over ranks.
 
-    ``kv_residuals``: for every pass how far it moved the shared keys and values,
+    ``kv_residuals``: for every sweep how far it moved the shared keys and values,
     ``||KV_n - KV_{n-1}|| / ||KV_n||``, of the cyclic group that moved furthest; empty unless
     measured. ``skipped``: why the weights were left as they were. ``stop``: the wish of the rank
     that wants to stop, the same on all ranks.

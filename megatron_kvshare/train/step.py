@@ -33,14 +33,14 @@ from megatron_kvshare.train.pulse import VALIDATION
 from megatron_kvshare.train.run import Bad, Orders, Run, StepResult
 
 _EXACT_ROUND_THE_PIPELINE = Recipe(
-    solver=Solver.STRIDED, stride=8, forward_passes=7, backward_passes=1
+    solver=Solver.STRIDED, stride=8, forward_sweeps=7, backward_sweeps=1
 )
 """Where sweeps go round the pipeline their number is fixed; eight leave nothing to see in the loss
 (docs/solvers.md: four differ by 3e-6)."""
 
 
 class How(NamedTuple):
-    """The passes of a forward, and whether to measure how far each moves the shared KV."""
+    """The sweeps of a forward, and whether to measure how far each moves the shared KV."""
 
     plan: ExecutionPlan
     measure_residual: bool
@@ -69,8 +69,8 @@ class Evaluation(NamedTuple):
     """``loss``: mean per unmasked token over the validation batches, the same ones every time.
 
     ``kv_gap``: loss under exact evaluation, as decoding computes it, minus ``loss``, both over the
-    first ``--kv-gap-iters`` batches; None for maps without passes. ``kv_residuals``: of every pass,
-    see :class:`StepResult`.
+    first ``--kv-gap-iters`` batches; None for maps without sweeps. ``kv_residuals``: of every
+    sweep, see :class:`StepResult`.
     """
 
     loss: float
@@ -80,7 +80,7 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(run: Run) -> Evaluation:
-    """Loss by the passes of an evaluation, and how far it is from exact."""
+    """Loss by the sweeps of an evaluation, and how far it is from exact."""
     train, sharing = run.config.train, run.config.sharing
     gap_iters = min(sharing.kv_gap_iters, train.eval_iters) if run.plan.map.is_cyclic else 0
     for model in run.models:
@@ -130,8 +130,8 @@ def _run_batches(
 ) -> torch.Tensor:
     """fp64 sums over ranks, a row for each microbatch: token losses, unmasked tokens, residuals."""
     there = _announced(run, batches, VALIDATION if forward_only else "forward and backward")
-    passes = _by_tasks if run.spanning else _by_schedule
-    sums = passes(run, there, count, how, forward_only)
+    sums_of = _by_tasks if run.spanning else _by_schedule
+    sums = sums_of(run, there, count, how, forward_only)
     return all_reduce_(all_reduce_(sums, run.state.dp_group), run.state.pp_group)
 
 
@@ -216,7 +216,7 @@ def _mean_loss(sums: torch.Tensor) -> float:
 
 
 def _residuals(run: Run, sums: torch.Tensor) -> tuple[float, ...]:
-    """Of the worst group, after each pass that ran; tensor-parallel ranks sum their heads."""
+    """Of the worst group, after each sweep that ran; tensor-parallel ranks sum their heads."""
     rows = all_reduce_(sums.clone(), run.state.tp_group).reshape(len(run.plan.groups), -1, 2)
-    passes = ([row for row in each if row[1] > 0] for each in rows.transpose(0, 1))
-    return tuple(max(map(relative_change, ran)) for ran in passes if ran)
+    sweeps = ([row for row in each if row[1] > 0] for each in rows.transpose(0, 1))
+    return tuple(max(map(relative_change, ran)) for ran in sweeps if ran)

@@ -53,7 +53,7 @@ class Case:
             **self.sharing,
         }
         if "kv_recipe" not in sharing:
-            sharing = {"kv_forward_passes": 1, "kv_backward_passes": 2, **sharing}
+            sharing = {"kv_forward_sweeps": 1, "kv_backward_sweeps": 2, **sharing}
         model = {
             "num_layers": 8,
             "hidden_size": 64,

@@ -112,7 +112,7 @@ def test_evaluation_is_the_same_everywhere(layout, recipe, world: World, single)
     spread, kv_heads, _, parallel = LAYOUTS[layout]
     # Stiff weights: the passes have something to converge from.
     settings = {"train": {"eval_iters": 2}, "model": {"init_method_std": 0.1}}
-    sharing = {"kv_tolerance": 0.02, "kv_max_passes": 9, **MAPS["several-targets"]}
+    sharing = {"kv_tolerance": 0.02, "kv_max_sweeps": 9, **MAPS["several-targets"]}
     case = Case(
         sharing={**sharing, **RECIPES[recipe]}, kv_heads=kv_heads, parallel=parallel, **settings
     )

@@ -118,9 +118,9 @@ def test_planned_stops_do_not_count_as_lost(start: Start, tmp_path: Path):
 
 
 def test_an_element_of_an_array_has_its_map_and_folder_and_is_requeued_alone(start: Start):
-    more = {**ELEMENT, "MAPS": "cla:2 mlkv:4", "SAVE": "sweep", "PREFLIGHT": "0"}
+    more = {**ELEMENT, "MAPS": "cla:2 mlkv:4", "SAVE": "series", "PREFLIGHT": "0"}
     done = start(ENDS_WITH="75", **more)
-    assert "mlkv:4 sweep/mlkv-4/checkpoint, run" in done.stdout
+    assert "mlkv:4 series/mlkv-4/checkpoint, run" in done.stdout
     assert "requeued 120_1\n" in done.stdout
     done = start(**{**more, "SLURM_ARRAY_TASK_ID": "2"})
     assert done.returncode == 2 and "the 2 maps are cla:2 mlkv:4" in done.stderr

@@ -67,5 +67,5 @@ def test_paper_gives_the_bits_of_the_published_passes(sharing, passes, single, m
 
 def test_paper_is_the_published_recipe():
     paper = RECIPES["paper"]
-    assert (paper.forward_passes, paper.backward_passes, paper.stride) == (7, 2, 1)
+    assert (paper.forward_sweeps, paper.backward_sweeps, paper.stride) == (7, 2, 1)
     assert (str(paper.start), paper.project_at_use) == ("zero", False)

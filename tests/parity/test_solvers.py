@@ -43,8 +43,8 @@ STARTS = ("zero", "input", "self")
 def way_of(recipe: Recipe) -> Way:
     return Way(
         recipe.stride,
-        recipe.forward_passes,
-        recipe.backward_passes,
+        recipe.forward_sweeps,
+        recipe.backward_sweeps,
         str(recipe.start),
         recipe.project_at_use,
     )

@@ -104,9 +104,9 @@ def test_every_element_of_an_array_trains_its_map(clone: Path) -> None:
     maps = ("pizza-bottom", "pizza-top", "lasagna-bottom")
     more = {"PREFLIGHT": "0", "MAPS": " ".join(maps)}
     options = ("--nodes=1", "--array=0-2")
-    array = submit(clone, clone / "sweep", more=more, options=options)
+    array = submit(clone, clone / "series", more=more, options=options)
     jobs = [
-        Job(f"{array.number}_{index}", clone, clone / "sweep" / name / "checkpoint")
+        Job(f"{array.number}_{index}", clone, clone / "series" / name / "checkpoint")
         for index, name in enumerate(maps)
     ]
     jobs[2].wait_for_steps(5)

@@ -151,7 +151,7 @@ def test_another_recipe_is_refused_and_finetuning_may_change_it(saved: Path) -> 
     assert find(saved, run, finetune=True) is not None
 
 
-def test_a_map_without_passes_has_no_recipe() -> None:
+def test_a_map_without_sweeps_has_no_recipe() -> None:
     names = ("two-sweep", "paper")
     first, second = (identity_of(kv_map="0_0_0", recipe=RECIPES[name]) for name in names)
     assert first == second and first["kv_recipe"] is None
@@ -179,11 +179,22 @@ def test_version_1_had_the_published_passes(tmp_path: Path, kv_map: str) -> None
     aside = folder.begin(folder.iteration_folder(tmp_path, 7))
     write_old(Manifest(old, Progress(7), 1, 2, True, config, format_version=1), aside)
     folder.publish(aside, folder.iteration_folder(tmp_path, 7), 7)
-    passes = Recipe(forward_passes=1, backward_passes=2)
-    assert find(tmp_path, identity_of(kv_map=kv_map, recipe=passes)) is not None
+    published = Recipe(forward_sweeps=1, backward_sweeps=2)
+    assert find(tmp_path, identity_of(kv_map=kv_map, recipe=published)) is not None
     if kv_map == "0_2_2":
         with pytest.raises(CheckpointError, match=r"jacobi\(1, 2\)"):
             find(tmp_path, identity_of(kv_map=kv_map))
+
+
+def test_earlier_names_of_parts_are_no_difference(tmp_path: Path) -> None:
+    old = identity_of()
+    parts = old["kv_recipe"].items()
+    old["kv_recipe"] = {name.replace("_sweeps", "_passes"): value for name, value in parts}
+    assert old != identity_of()
+    aside = folder.begin(folder.iteration_folder(tmp_path, 7))
+    Manifest(old, Progress(7), 1, 2, True).write(aside)
+    folder.publish(aside, folder.iteration_folder(tmp_path, 7), 7)
+    assert find(tmp_path, identity_of()).manifest.identity == identity_of()
 
 
 def test_an_unknown_tokenizer_is_not_a_difference(saved: Path) -> None:

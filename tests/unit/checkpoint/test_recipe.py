@@ -56,7 +56,7 @@ def test_every_recipe_is_taken_whole(tmp_path: Path, stored: Recipe) -> None:
 def test_flags_of_parts_change_it_and_other_names_do_not_meet_it(tmp_path: Path) -> None:
     save(tmp_path, 3, RECIPES["one-sweep"])
     assert taken(f"--load {tmp_path} --kv-stride 8") == "strided(8; 0, 1) from input"
-    for flags in ("--kv-recipe two-sweep", "--kv-solver jacobi", "--kv-backward-passes 1"):
+    for flags in ("--kv-recipe two-sweep", "--kv-solver jacobi", "--kv-backward-sweeps 1"):
         said: list[str] = []
         assert taken(f"--load {tmp_path} {flags}", said) == taken(flags)
         assert not said

@@ -78,7 +78,7 @@ TWO = "--pipeline-model-parallel-size 2"
             f"{SPANNING} --kv-tolerance 0.01",
             "--kv-tolerance",
             "known before",
-            "--kv-forward-passes",
+            "--kv-forward-sweeps",
         ),
         (f"{SPANNING} --overlap-grad-reduce", "--overlap-grad-reduce", "several times", "drop it"),
         (

@@ -1,4 +1,4 @@
-"""From the --kv-* flags to the recipe and the passes of training and of evaluation."""
+"""From the --kv-* flags to the recipe and the sweeps of training and of evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 
 from megatron_kvshare.config import PretrainConfig, SharingConfig
 from megatron_kvshare.config.pretrain import parse_pretrain
+from megatron_kvshare.config.renamed import RENAMED
 from megatron_kvshare.config.shape import evaluation_plan, execution_plan, recipe
+from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import OLD_NAMES, RECIPES
 
@@ -28,17 +30,17 @@ def parsed(argv: str) -> PretrainConfig:
         ("--kv-recipe one-sweep", "strided(4; 0, 1) from input"),
         ("--kv-recipe two-sweep --kv-stride 8", "strided(8; 1, 1)p"),
         ("--kv-recipe two-sweep --kv-solver jacobi", "jacobi(1, 1)p"),
-        ("--kv-recipe two-sweep --kv-backward-passes 2", "strided(4; 1, 2)p"),
+        ("--kv-recipe two-sweep --kv-backward-sweeps 2", "strided(4; 1, 2)p"),
         (
-            "--kv-recipe two-sweep --kv-forward-passes 0 --kv-start self",
+            "--kv-recipe two-sweep --kv-forward-sweeps 0 --kv-start self",
             "strided(4; 0, 1)p from self",
         ),
         ("--kv-recipe one-sweep --kv-start zero", "strided(4; 0, 1)"),
-        ("--kv-forward-passes 1", "jacobi(1, 2)"),
-        ("--kv-forward-passes 0 --kv-backward-passes 3", "jacobi(0, 3)"),
-        ("--kv-backward-passes 1", "jacobi(7, 1)"),
+        ("--kv-forward-sweeps 1", "jacobi(1, 2)"),
+        ("--kv-forward-sweeps 0 --kv-backward-sweeps 3", "jacobi(0, 3)"),
+        ("--kv-backward-sweeps 1", "jacobi(7, 1)"),
         ("--kv-solver jacobi", "jacobi(7, 2)"),
-        ("--kv-solver strided --kv-forward-passes 1", "strided(4; 1, 2)"),
+        ("--kv-solver strided --kv-forward-sweeps 1", "strided(4; 1, 2)"),
         ("--kv-stride 8", "strided(8; 1, 1)p"),
         ("--kv-solver strided --kv-start self", "strided(4; 1, 1)p from self"),
         ("--kv-recipe one-sweep --kv-stride 8", "strided(8; 0, 1) from input"),
@@ -66,6 +68,18 @@ def test_earlier_names_are_taken_everywhere(earlier: str, name: str, tmp_path: P
     assert SharingConfig(kv_recipe=earlier).kv_recipe == name
 
 
+@pytest.mark.parametrize(("earlier", "name"), RENAMED.items())
+def test_earlier_flags_and_keys_are_taken(earlier: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{earlier}: 3\n")
+    flag = "--" + earlier.replace("_", "-")
+    assert getattr(parsed(f"{flag} 3").sharing, name) == 3
+    assert getattr(parsed(f"--config {file}").sharing, name) == 3
+    assert getattr(parsed(f"--config {file} {flag} 4").sharing, name) == 4
+    with pytest.raises(ConfigError, match=f"{flag} = 'x'"):
+        parsed(f"{flag} x")
+
+
 def limits(plan: ExecutionPlan) -> list[float | None]:
     (group,) = plan.groups
     return [sweep.skip_below for sweep in group.sweeps]
@@ -75,7 +89,7 @@ def limits(plan: ExecutionPlan) -> list[float | None]:
 def test_tolerance_is_for_evaluation_unless_training_asks_for_it(in_training: bool) -> None:
     flag = " --kv-tolerance-in-training" * in_training
     config = parsed(
-        f"--kv-recipe two-sweep --kv-tolerance 0.01 --kv-min-passes 2 --kv-max-passes 4{flag}"
+        f"--kv-recipe two-sweep --kv-tolerance 0.01 --kv-min-sweeps 2 --kv-max-sweeps 4{flag}"
     )
     found = [None, None, 0.01, 0.01, None]
     assert limits(evaluation_plan(config.model, config.sharing)) == found
@@ -83,7 +97,7 @@ def test_tolerance_is_for_evaluation_unless_training_asks_for_it(in_training: bo
     assert limits(trained) == (found if in_training else [None, None])
 
 
-def test_without_tolerance_evaluation_has_the_passes_of_training() -> None:
+def test_without_tolerance_evaluation_has_the_sweeps_of_training() -> None:
     config = parsed("--kv-recipe two-sweep")
     trained = execution_plan(config.model, config.sharing)
     assert evaluation_plan(config.model, config.sharing) == trained

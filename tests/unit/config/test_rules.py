@@ -90,7 +90,7 @@ WRONG = [
     (
         "--attention-dropout 0.1 --kv-pattern pizza-top --kv-layers 3",
         "--attention-dropout",
-        "every pass would see another mask",
+        "every sweep would see another mask",
     ),
     ("--split 1,2,3,4", "--split", "969,30,1"),
     ("--split 0,50,50", "--split", "969,30,1"),
@@ -123,7 +123,7 @@ def test_each_rule(argv, flag, fix):
         "--kv-channels 128",
         "--num-query-groups 1 --kv-pattern mlkv:2",
         "--num-layers 4 --kv-map 0_1s_1s_3 --window-size 8",
-        "--kv-pattern sandwich-top --kv-layers 11 --kv-forward-passes 0 --kv-backward-passes 1",
+        "--kv-pattern sandwich-top --kv-layers 11 --kv-forward-sweeps 0 --kv-backward-sweeps 1",
         "--recompute-granularity full",
         "--recompute-granularity selective",
         "--save no/such --resume auto --save-interval 10",
@@ -151,10 +151,10 @@ def test_subsets_are_whole_on_every_rank():
 def test_a_recipe_without_effect_is_said():
     (warning,) = [
         text
-        for text in pretrain_warnings(check("--kv-pattern cla:2 --kv-forward-passes 0"))
+        for text in pretrain_warnings(check("--kv-pattern cla:2 --kv-forward-sweeps 0"))
         if "no effect" in text
     ]
-    assert "--kv-forward-passes" in warning
+    assert "--kv-forward-sweeps" in warning
     cyclic = check("--kv-pattern sandwich-top --kv-layers 3 --kv-recipe two-sweep")
     assert not any("no effect" in text for text in pretrain_warnings(cyclic))
 

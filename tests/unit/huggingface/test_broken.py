@@ -130,7 +130,7 @@ FOLDERS: dict[str, tuple[str, Change, str]] = {
     ),
     "map reads above the top": ("kvshare", config(kv_source_layers=[0, 9] + [2] * 6), "0 to 7"),
     "a stride of nothing": ("kvshare", config(iter_stride=0), "token subsets"),
-    "no passes": ("kvshare", config(iter_backward_passes=0), "kv-backward-passes"),
+    "no passes": ("kvshare", config(iter_backward_passes=0), "kv-backward-sweeps"),
     "unknown start": ("kvshare", config(iter_start="middle"), "middle"),
     "windows without width": ("kvshare", config(kv_windowed_layers=[1]), "kv_window_size"),
     "one shard missing": ("sharded", remove("model-00002-*"), "weights are missing"),

@@ -33,24 +33,24 @@ def tokens() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["hf", "native", "native/iter_0000000"])
-def test_passes_and_exact(kind, folders, tokens):
+def test_sweeps_and_exact(kind, folders, tokens):
     model = load_model(folders / kind)
     weights = TINY.weights(TOP)
-    passes = model.logits(tokens)
-    assert passes.shape == (2, LENGTH, TINY.vocabulary) and passes.dtype == torch.float32
+    swept = model.logits(tokens)
+    assert swept.shape == (2, LENGTH, TINY.vocabulary) and swept.dtype == torch.float32
     wanted = exported(TOP, weights, RECIPES["one-sweep"])(tokens).logits
-    assert (passes - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (swept - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     exact = model.logits(tokens, mode="exact")
     wanted = TINY.oracle(TOP, weights).token_by_token(tokens)
     assert (exact - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert (exact - passes).abs().max() > 1e-3
+    assert (exact - swept).abs().max() > 1e-3
 
 
 def test_a_later_token_changes_no_earlier_logit(folders, tokens):
     model = load_model(folders / "native")
     other = tokens.clone()
     other[:, 9] += 1 - 2 * (other[:, 9] > 0).long()
-    for mode in ("passes", "exact"):
+    for mode in ("sweeps", "exact"):
         before, after = (model.logits(x, mode=mode) for x in (tokens, other))
         assert torch.equal(before[:, :9], after[:, :9]) or mode == "exact"
         assert (before[:, :9] - after[:, :9]).abs().max() <= 1e-5
@@ -62,19 +62,19 @@ def test_texts_shorter_than_the_stride(recipe, tokens, tmp_path, single):
     other = exported(TOP, TINY.weights(TOP), RECIPES[recipe])
     for length in (1, 2, 3, 5):
         wanted = other(tokens[:, :length]).logits
-        for mode in ("passes", "exact"):
+        for mode in ("sweeps", "exact"):
             got = model.logits(tokens[:, :length], mode=mode)
-            if mode == "passes" or length == 1:
+            if mode == "sweeps" or length == 1:
                 assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 WRONG = {
-    "shape": (torch.tensor([1, 2]), "passes", r"\[batch, seq\]"),
-    "floats": (torch.ones(1, 2), "passes", "whole numbers"),
-    "too large": (torch.tensor([[40]]), "passes", "0 to 39"),
-    "negative": (torch.tensor([[-1]]), "passes", "0 to 39"),
-    "empty": (torch.empty(1, 0, dtype=torch.long), "passes", "at least one"),
-    "mode": (torch.tensor([[1]]), "fast", "passes .* exact"),
+    "shape": (torch.tensor([1, 2]), "sweeps", r"\[batch, seq\]"),
+    "floats": (torch.ones(1, 2), "sweeps", "whole numbers"),
+    "too large": (torch.tensor([[40]]), "sweeps", "0 to 39"),
+    "negative": (torch.tensor([[-1]]), "sweeps", "0 to 39"),
+    "empty": (torch.empty(1, 0, dtype=torch.long), "sweeps", "at least one"),
+    "mode": (torch.tensor([[1]]), "fast", "sweeps .* exact"),
 }
 
 

@@ -44,10 +44,10 @@ def test_residual_of_a_map_without_groups_is_none(single):
 
 
 PLANS = {
-    "jacobi": Recipe(forward_passes=3),
+    "jacobi": Recipe(forward_sweeps=3),
     "two-sweep": RECIPES["two-sweep"],
     "one-sweep": RECIPES["one-sweep"],
-    "self": Recipe(forward_passes=1, backward_passes=1, start=Start.SELF),
+    "self": Recipe(forward_sweeps=1, backward_sweeps=1, start=Start.SELF),
 }
 METHODS = ("forward", "key_values", "feed_forward", "read_own")
 Ran = Counter[tuple[str, int]]
@@ -109,7 +109,7 @@ def test_a_tolerance_ends_the_sweeps_that_have_converged(single):
 
     def rows(residual: float) -> torch.Tensor:
         tolerance = Tolerance(residual=residual, least=2, most=6)
-        plan = solver_plan(sharing, Recipe(backward_passes=1), tolerance)
+        plan = solver_plan(sharing, Recipe(backward_sweeps=1), tolerance)
         with torch.no_grad():
             return model(tokens, plan=plan, measure_residual=True).residuals[0]
 

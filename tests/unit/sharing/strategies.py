@@ -33,8 +33,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     return Recipe(
         solver=Solver.JACOBI if stride == 1 else Solver.STRIDED,
         stride=stride,
-        forward_passes=forward,
-        backward_passes=draw(st.integers(1, 3)),
+        forward_sweeps=forward,
+        backward_sweeps=draw(st.integers(1, 3)),
         start=start,
         project_at_use=draw(st.booleans()) and (forward > 0 or start is Start.SELF),
     )

@@ -142,7 +142,7 @@ def test_a_value_is_sent_once_to_each_rank_that_reads_it() -> None:
     """sandwich-top over two ranks: the group's input is read by every sweep, sent never."""
     sharing = build_map(8, "sandwich-top", 3)
     placed = Placement(sharing, (4, 4), 2)
-    graph = task_graph(SHAPE, solver_plan(sharing, Recipe(forward_passes=1)), placed)
+    graph = task_graph(SHAPE, solver_plan(sharing, Recipe(forward_sweeps=1)), placed)
     edges = MessagePlan(graph, (), forward_only=False).edges
     keys = [key for ranks in edges.values() for edge in ranks.values() for key in edge.keys]
     assert len(keys) == len(set(keys))
@@ -163,7 +163,7 @@ def test_schedule_is_near_the_bound(recipe: str) -> None:
 @pytest.mark.parametrize("microbatches", [1, 4, 8])
 def test_order_begins_with_the_oldest_microbatch(microbatches: int) -> None:
     sharing = build_map(8, "sandwich-top", 3)
-    plan = solver_plan(sharing, Recipe(forward_passes=1))
+    plan = solver_plan(sharing, Recipe(forward_sweeps=1))
     graph = task_graph(SHAPE, plan, Placement(sharing, (4, 4), 2))
     for rank in best_schedule(graph, microbatches):
         first = [each.action for each in rank if each.action.forward]

@@ -80,8 +80,8 @@ def test_impossible_numbers_of_passes() -> None:
     with pytest.raises(MapError) as caught:
         jacobi_plan(build_map(4), -1, 0)
     assert len(caught.value.faults) == 2
-    assert "--kv-forward-passes" in str(caught.value)
-    assert "--kv-backward-passes" in str(caught.value)
+    assert "--kv-forward-sweeps" in str(caught.value)
+    assert "--kv-backward-sweeps" in str(caught.value)
 
 
 @given(sharing_maps(), passes, st.booleans())

@@ -46,7 +46,7 @@ def test_json_of_the_nine_maps(capsys: Capture, pattern: str) -> None:
 
 
 def test_number_of_passes_changes_the_factor(capsys: Capture) -> None:
-    flags = ["--kv-map", "1_1", "--kv-forward-passes", "1", "--kv-backward-passes", "1"]
+    flags = ["--kv-map", "1_1", "--kv-forward-sweeps", "1", "--kv-backward-sweeps", "1"]
     found = plan_json(capsys, *flags)
     assert found["train_factor"] == pytest.approx(4 / 3)
     assert found["prefill_factor"] == 2.0
@@ -65,7 +65,7 @@ def test_the_drawing_of_a_strided_recipe(capsys: Capture, monkeypatch: pytest.Mo
     for text in (
         "two-sweep: strided(4; 1, 1)p",
         "4 interleaved subsets",
-        "1 pass without gradient",
+        "1 sweep without gradient",
     ):
         assert text in out
     for recipe in RECIPES.values():
@@ -119,16 +119,16 @@ def test_the_drawing_tells_roles_groups_and_passes(capsys: Capture) -> None:
     out = capsys.readouterr().out
     for text in ("5 of 8 layers", "upward", "of layer 5 ↑", "own, read by 3 more", "layers 1-5"):
         assert text in out
-    for text in ("9 (1 without attention)", "9 (8 only K and V)", "7 passes without gradient"):
+    for text in ("9 (1 without attention)", "9 (8 only K and V)", "7 sweeps without gradient"):
         assert text in out
 
 
-def test_the_default_is_two_passes_over_subsets(capsys: Capture) -> None:
+def test_the_default_is_two_sweeps_over_subsets(capsys: Capture) -> None:
     assert main(["plan", "--kv-map", "0_5_5_5_4_5_6_7"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Recipe two-sweep: strided(4; 1, 1)p." in out
-    assert "1 pass without gradient, then 1 with" in out
-    assert "a pass visits the tokens in 4 interleaved subsets" in out
+    assert "1 sweep without gradient, then 1 with" in out
+    assert "a sweep visits the tokens in 4 interleaved subsets" in out
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_the_default_is_two_passes_over_subsets(capsys: Capture) -> None:
         ("--kv-patern yoco", ["--kv-pattern"]),
         ("--kv-pattern sandwch-top --kv-layers 3", ["did you mean sandwich-top"]),
         ("--kv-map 0_2_1", ["layer 1", "layer 2"]),
-        ("--kv-backward-passes 0", ["--kv-backward-passes"]),
+        ("--kv-backward-sweeps 0", ["--kv-backward-sweeps"]),
         ("--num-query-groups 5 --kv-pattern nope", ["2 faults", "--num-query-groups", "nope"]),
     ],
 )

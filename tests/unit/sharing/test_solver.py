@@ -75,6 +75,8 @@ def test_as_dict_round_trip(recipe: Recipe) -> None:
     values = recipe.as_dict()
     assert {type(value) for value in values.values()} <= {str, int, bool}
     assert Recipe.from_dict(values) == recipe
+    earlier = {name.replace("_sweeps", "_passes"): value for name, value in values.items()}
+    assert earlier.keys() != values.keys() and Recipe.from_dict(earlier) == recipe
 
 
 @given(recipes(), recipes())
@@ -85,18 +87,18 @@ def test_different_recipes_have_different_notations(one: Recipe, other: Recipe) 
 @pytest.mark.parametrize(
     ("values", "flags"),
     [
-        ({"forward_passes": -1}, ["--kv-forward-passes"]),
-        ({"backward_passes": 0}, ["--kv-backward-passes"]),
+        ({"forward_sweeps": -1}, ["--kv-forward-sweeps"]),
+        ({"backward_sweeps": 0}, ["--kv-backward-sweeps"]),
         ({"stride": 4}, ["--kv-stride"]),
         ({"solver": Solver.STRIDED}, ["--kv-stride"]),
-        ({"forward_passes": 0, "project_at_use": True}, ["--kv-project-at-use"]),
+        ({"forward_sweeps": 0, "project_at_use": True}, ["--kv-project-at-use"]),
         (
-            {"forward_passes": 0, "project_at_use": True, "start": Start.INPUT},
+            {"forward_sweeps": 0, "project_at_use": True, "start": Start.INPUT},
             ["--kv-project-at-use"],
         ),
         (
-            {"forward_passes": -1, "backward_passes": 0, "stride": 0, "project_at_use": True},
-            ["--kv-forward-passes", "--kv-backward-passes", "--kv-stride", "--kv-project-at-use"],
+            {"forward_sweeps": -1, "backward_sweeps": 0, "stride": 0, "project_at_use": True},
+            ["--kv-forward-sweeps", "--kv-backward-sweeps", "--kv-stride", "--kv-project-at-use"],
         ),
     ],
 )
@@ -146,7 +148,7 @@ def test_visits_and_finish(sharing: SharingMap, recipe: Recipe) -> None:
     for group in solver_plan(sharing, recipe).groups:
         layers = list(range(group.first, group.last + 1))
         sweeps = solved(group.sweeps, recipe)
-        assert len(sweeps) == recipe.forward_passes + recipe.backward_passes
+        assert len(sweeps) == recipe.forward_sweeps + recipe.backward_sweeps
         assert [sweep.last for sweep in group.sweeps] == [False] * (len(group.sweeps) - 1) + [True]
         for sweep in sweeps:
             assert [visit.offset for visit in sweep.visits] == list(range(recipe.stride))
@@ -173,7 +175,7 @@ def test_a_start_of_its_own_is_one_parallel_sweep(sharing: SharingMap, recipe: R
 
 @given(sharing_maps(), recipes())
 def test_carry_and_gradient_of_every_sweep(sharing: SharingMap, recipe: Recipe) -> None:
-    m, b = recipe.forward_passes, recipe.backward_passes
+    m, b = recipe.forward_sweeps, recipe.backward_sweeps
     carries = [FIRST_CARRY[recipe.start], *[KV] * (m + b - 1)]
     if recipe.project_at_use:
         carries[m] = PROJECTED
@@ -195,7 +197,7 @@ def test_a_tolerance_may_skip_from_its_least_to_its_most(
     recipe: Recipe, tolerance: Tolerance
 ) -> None:
     sweeps = solved(group_of(recipe, tolerance).sweeps, recipe)
-    least, most, b = tolerance.least, tolerance.most, recipe.backward_passes
+    least, most, b = tolerance.least, tolerance.most, recipe.backward_sweeps
     limits = [None] * least + [tolerance.residual] * (most - least) + [None] * b
     assert [sweep.skip_below for sweep in sweeps] == limits
     assert [sweep.gradient for sweep in sweeps] == [False] * most + [True] * b

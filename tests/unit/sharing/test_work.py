@@ -16,15 +16,15 @@ from tests.unit.sharing.strategies import recipes, sharing_maps
 
 
 def jacobi(forward: int, backward: int) -> Recipe:
-    return Recipe(forward_passes=forward, backward_passes=backward)
+    return Recipe(forward_sweeps=forward, backward_sweeps=backward)
 
 
 def strided(stride: int, forward: int, backward: int, start: Start = Start.ZERO) -> Recipe:
     return Recipe(
         solver=Solver.STRIDED,
         stride=stride,
-        forward_passes=forward,
-        backward_passes=backward,
+        forward_sweeps=forward,
+        backward_sweeps=backward,
         start=start,
     )
 
@@ -73,7 +73,7 @@ def test_prefill_work(recipe: Recipe, work: float) -> None:
         (jacobi(7, 2), 2 + 8 * 5 + 6),
         (TWO_SWEEP, 2 + 2 * 4 * 5 + 1),
         (ONE_SWEEP, 2 + 4 * 5 + 1),
-        (Recipe(forward_passes=0, backward_passes=1, start=Start.SELF), 2 + 5 + 6),
+        (Recipe(forward_sweeps=0, backward_sweeps=1, start=Start.SELF), 2 + 5 + 6),
     ],
     ids=str,
 )

@@ -25,7 +25,7 @@ def test_equal_autograd(
 ) -> None:
     """Weights used several times per step, by rows, by two passes, and by embedding and head."""
     config = Tiny(untied=untied, extra={"recompute_granularity": granularity}).config(num_layers=8)
-    plan = jacobi_plan(build_map(8, pattern, 3), forward_passes=1, backward_passes=2)
+    plan = jacobi_plan(build_map(8, pattern, 3), forward_sweeps=1, backward_sweeps=2)
     tokens, labels = (random_tokens(40, 2, 12, seed) for seed in (0, 1))
 
     def gradients(wrapped: bool) -> dict:

@@ -126,8 +126,8 @@ def test_what_is_in_use_or_impossible_is_not_advised() -> None:
 
 
 def test_passes_given_one_by_one_are_changed_one_by_one() -> None:
-    flags = "--kv-pattern sandwich-top --kv-layers 11 --kv-backward-passes 3"
-    assert "--kv-backward-passes 1" in flags_of(advice(job(flags), ON_DEVICE))
+    flags = "--kv-pattern sandwich-top --kv-layers 11 --kv-backward-sweeps 3"
+    assert "--kv-backward-sweeps 1" in flags_of(advice(job(flags), ON_DEVICE))
 
 
 @pytest.mark.parametrize(
