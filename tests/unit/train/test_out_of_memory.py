@@ -103,7 +103,7 @@ def test_every_piece_of_advice_is_a_run_that_needs_what_it_says() -> None:
         "--tensor-model-parallel-size 2 --sequence-parallel --global-batch-size 32",
         "--pipeline-model-parallel-size 2 --global-batch-size 32",
         "--bf16",
-        "--kv-recipe cheapest",
+        "--kv-recipe two-sweep",
     ]
     for line in lines:
         words, _, rest = line.partition(": ")
@@ -119,7 +119,7 @@ def test_what_is_in_use_or_impossible_is_not_advised() -> None:
     used = (
         "--bf16 --recompute-granularity full --use-distributed-optimizer --sequence-parallel"
         " --tensor-model-parallel-size 2 --num-layers 21 --num-attention-heads 2"
-        " --kv-pattern sandwich-top --kv-layers 11 --kv-recipe cheapest"
+        " --kv-pattern sandwich-top --kv-layers 11 --kv-recipe two-sweep"
     )
     (only,) = advice(job(used, world_size=4), ON_DEVICE)
     assert "a smaller model" in only
