@@ -57,13 +57,15 @@ class Accident(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one rank saw: its closing state, or the error or exit code it left with."""
+    """What one rank saw: its closing state, or the error or exit code it left with; what it printed
+    as `output` and as `warnings`."""
 
     step: int = 0
     skipped_steps: int = 0
     output: str = ""
     error: str = ""
     stopped_by: str = ""
+    warnings: str = ""
 
 
 def run_pretrain(
@@ -72,21 +74,20 @@ def run_pretrain(
     """A run of `SMALL` with more flags."""
     # Loaders are children, which a daemon (a test's worker) may not have.
     multiprocessing.current_process()._config["daemon"] = False
-    output = io.StringIO()
+    output, warnings = io.StringIO(), io.StringIO()
+    printed = contextlib.ExitStack()
+    printed.enter_context(contextlib.redirect_stdout(output))
+    printed.enter_context(contextlib.redirect_stderr(warnings))
     try:
-        with contextlib.redirect_stdout(output), happening(state.rank, accident):
+        with printed, happening(state.rank, accident):
             config = config_of(layout, flags)
             run = pretrain(config, state, Typed(["kvshare", "pretrain", *flags], ["kvshare"]))
+        left = Outcome(run.progress.step, run.progress.skipped_steps, stopped_by=run.stopped_by)
     except KVShareError as error:
-        return Outcome(output=output.getvalue(), error=str(error))
+        left = Outcome(error=str(error))
     except SystemExit as leave:
-        return Outcome(output=output.getvalue(), error=f"exit {leave.code}")
-    return Outcome(
-        run.progress.step,
-        run.progress.skipped_steps,
-        output.getvalue(),
-        stopped_by=run.stopped_by,
-    )
+        left = Outcome(error=f"exit {leave.code}")
+    return left._replace(output=output.getvalue(), warnings=warnings.getvalue())
 
 
 def config_of(layout: Layout, flags: list[str]) -> PretrainConfig:
