@@ -16,6 +16,10 @@ QUICK = {
     "train_step": ("--rounds", "1", "--maps", "pizza-bottom", "sandwich-top"),
     "checkpoint": ("--rounds", "1"),
     "pipeline": ("--microbatches", "2", "--png", "pipeline.png"),
+    "recipes_1b": (
+        *("--config", str(ROOT / "examples" / "configs" / "small.yaml")),
+        *("--steps", "5", "--seeds", "1", "--batches", "1"),
+    ),
 }
 
 
