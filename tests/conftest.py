@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("world"))
         elif "integration" in item.path.parts:
             item.add_marker(pytest.mark.xdist_group("integration"))
+        elif item.path.parent.name == "gpu":
+            item.add_marker(pytest.mark.xdist_group("gpu"))
 
 
 @pytest.fixture(autouse=True)

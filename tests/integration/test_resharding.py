@@ -62,15 +62,19 @@ def source(world: World, tmp_path_factory: pytest.TempPathFactory) -> Source:
 
     def get(name: str, side: Side) -> Saved:
         if (name, side) not in made:
-            root = tmp_path_factory.mktemp("source")
-            words = [*MAPS[name], *VOCABULARY, *side.flags, "--save", str(root)]
-            words += ["--save-interval", "3", "--metrics-file", str(root / "m.jsonl")]
-            world.run(run_pretrain, side.layout, words)
-            set_latest(root, 3)
-            made[name, side] = Saved(root, losses(root / "m.jsonl"))
+            made[name, side] = saved_run(world, name, side, tmp_path_factory.mktemp("source"))
         return made[name, side]
 
     return get
+
+
+def saved_run(world: World, name: str, side: Side, root: Path) -> Saved:
+    """Six steps, of which the third's checkpoint is the one to continue from."""
+    words = [*MAPS[name], *VOCABULARY, *side.flags, "--save", str(root)]
+    words += ["--save-interval", "3", "--metrics-file", str(root / "m.jsonl")]
+    world.run(run_pretrain, side.layout, words)
+    set_latest(root, 3)
+    return Saved(root, losses(root / "m.jsonl"))
 
 
 def go_on(world: World, found: Saved, name: str, side: Side, folder: Path) -> Saved:
