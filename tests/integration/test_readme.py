@@ -15,7 +15,9 @@ import pytest
 from megatron_kvshare.cli.main import COMMANDS
 from tests.integration.conftest import ROOT, Workspace
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "slurm" / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "slurm/README.md", "CONTRIBUTING.md", "docs/gpu.md")
+]
 BLOCK = re.compile(r"(<!-- test: skip, [^>]+ -->\n)?```bash\n(.*?)```", re.S)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
@@ -60,7 +62,8 @@ def test_links_lead_somewhere(page: Path):
     assert not broken
 
 
-def test_tests_named_in_the_readme_exist():
-    named = re.findall(r"tests/[\w/]+\.py", (ROOT / "README.md").read_text("utf-8"))
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+def test_tests_named_on_a_page_exist(page: str):
+    named = re.findall(r"tests/[\w/]+\.py", (ROOT / page).read_text("utf-8"))
     assert named
     assert not [name for name in named if not (ROOT / name).is_file()]
