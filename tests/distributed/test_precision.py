@@ -86,10 +86,25 @@ def assert_trains_like_fp32_on_the_cpu(got: jobs.Trained, cpu: jobs.Trained, pre
     assert max(differences.values()) <= of_gradients, max(differences, key=differences.get)
 
 
+def case_on(layout: str, pattern: str, bf16: bool) -> Case:
+    """As a layout trains it: stages take microbatches in turn, without them one is enough."""
+    spread, parallel = LAYOUTS[layout]
+    train = {"micro_batch_size": 1} if spread.pipeline > 1 else {}
+    return case_of(pattern, bf16, parallel=parallel, train=train)
+
+
+OVER_GLOO = [
+    pytest.param(name, marks=[] if name == "tp2-sp-dp2-sharded" else pytest.mark.nightly)
+    for name in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("layout", OVER_GLOO)
 @pytest.mark.parametrize("pattern", ["pizza-bottom", "sandwich-top", "lasagna-middle"])
-def test_bf16_on_the_cpu(pattern: str, world: World, on_one_cpu: Callable[[str], Trained]):
-    spread, parallel = LAYOUTS["tp2-sp-dp2-sharded"]
-    got = world.run(jobs.train, spread, case_of(pattern, bf16=True, parallel=parallel))
+def test_bf16_on_the_cpu(
+    layout: str, pattern: str, world: World, on_one_cpu: Callable[[str], Trained]
+):
+    got = world.run(jobs.train, LAYOUTS[layout][0], case_on(layout, pattern, bf16=True))
     assert_trains_like_fp32_on_the_cpu(got[0], on_one_cpu(pattern), "bf16")
 
 
@@ -137,11 +152,9 @@ def test_nccl_trains_like_one_cpu_rank(
     gpu_world: World,
     on_one_cpu: Callable[[str], Trained],
 ):
-    spread, parallel = LAYOUTS[layout]
+    spread = LAYOUTS[layout][0]
     skip_without(gpu_world, spread)
-    # Stages take microbatches in turn; without them one is enough.
-    train = {"micro_batch_size": 1} if spread.pipeline > 1 else {}
-    case = case_of(pattern, bf16=precision == "bf16", parallel=parallel, train=train)
+    case = case_on(layout, pattern, bf16=precision == "bf16")
     got = gpu_world.run(jobs.train, spread, case)
     assert_trains_like_fp32_on_the_cpu(got[0], on_one_cpu(pattern), precision)
 
