@@ -147,7 +147,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _progress(values: dict[str, Any]) -> Progress:
     """Before version 7 what is now ``health`` lay beside the counters."""
-    counters = {name: values[name] for name in ("step", "samples", "tokens", "skipped_steps")}
+    counting = ("step", "samples", "tokens", "skipped_steps")
+    counters = {name: values[name] for name in counting if name in values}
     rest = {name: each for name, each in values.items() if name not in counters}
     return Progress(**counters, health=Health.from_dict(rest.get("health", rest)))
 

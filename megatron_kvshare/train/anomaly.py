@@ -22,8 +22,10 @@ import torch.distributed as dist
 
 from megatron_kvshare.checkpoint.manifest import Alarm, Health, Progress
 from megatron_kvshare.config import PretrainConfig, TrainConfig
+from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.errors import DivergenceError, Fault, TrainingError
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.sharing.solver import with_more_sweeps
 from megatron_kvshare.train.run import Run, StepResult
 from megatron_kvshare.train.sinks import append_line
 from megatron_kvshare.train.together import warn
@@ -135,8 +137,8 @@ def _remedies(config: PretrainConfig, is_cyclic: bool) -> str:
     ways = [f"a lower --lr than {train.lr:g}", f"a warm-up longer than {train.warmup_iters} steps"]
     if train.clip_grad == 0:
         ways.append("--clip-grad 1")
-    if is_cyclic:
-        ways.append("--kv-recipe two-sweep or paper")
+    if is_cyclic and (more_sweeps := with_more_sweeps(recipe(config.sharing))):
+        ways.append(more_sweeps)
     if config.model.bf16:
         ways.append("some steps without --bf16, which must give nearly the same losses")
     return ", ".join(ways)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from megatron_kvshare.checkpoint.manifest import Alarm
 from megatron_kvshare.config.shape import recipe
+from megatron_kvshare.sharing.solver import with_more_sweeps
 from megatron_kvshare.train.anomaly import (
     after_step,
     divergence_text,
@@ -110,12 +111,13 @@ def warn_of_gap(run: Run, gap: float | None) -> None:
     limit = run.config.sharing.kv_gap_warning
     if gap is None or abs(gap) <= limit:
         return
-    sweeps = recipe(run.config.sharing).forward_sweeps
+    trained = recipe(run.config.sharing)
+    flags = (with_more_sweeps(trained), f"--kv-forward-sweeps above {trained.forward_sweeps}")
     warn(
         run.state,
         f"the exact loss, which decoding has, is {gap:+.4f} from the loss after this run's"
-        f" sweeps (--kv-gap-warning {limit:g}). Train with more of them: --kv-recipe two-sweep or"
-        f" paper, or --kv-forward-sweeps above {sweeps}.",
+        f" sweeps (--kv-gap-warning {limit:g}). Train with more of them:"
+        f" {', or '.join(filter(None, flags))}.",
     )
 
 

@@ -22,6 +22,7 @@ from megatron_kvshare.sharing.solver import (
     prefill_plan,
     recipe_name,
     solver_plan,
+    with_more_sweeps,
 )
 from tests.recipes import jacobi, strided
 from tests.unit.sharing.strategies import recipes, sharing_maps, tolerances
@@ -242,3 +243,10 @@ def test_prefill_plans():
     assert plans[Prefill.EXACT] == exact_plan(sharing, 64, 1e-6)
     # The limit of the issue it was measured for: 1.7 times the layers of a standard prefill.
     assert 1 < prefill_work(plans[Prefill.CONVERGED]) <= 1.7
+
+
+def test_what_to_try_has_more_sweeps() -> None:
+    assert with_more_sweeps(RECIPES["one-sweep"]) == "--kv-recipe two-sweep or paper"
+    assert with_more_sweeps(RECIPES["two-sweep"]) == "--kv-recipe paper"
+    assert with_more_sweeps(RECIPES["paper"]) == ""
+    assert with_more_sweeps(Recipe(forward_sweeps=1)) == "--kv-recipe two-sweep or paper"
