@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kvshare.errors import EXIT_USER_ERROR
+from tests.distributed.world import PATIENCE_SECONDS
 from tests.integration.conftest import ROOT
 from tests.integration.pretrain_jobs import SMALL
 from tests.integration.ranks import ENVIRONMENT, started
@@ -40,7 +41,9 @@ def assert_one_message(output: str, where: str) -> None:
 def test_alone(tmp_path: Path) -> None:
     command = [sys.executable, *program("0", "training"), "pretrain", *SMALL, *FLAGS]
     environment = {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == EXIT_USER_ERROR
     assert_one_message(done.stderr, "step 1, forward and backward, rank 0 on cpu")
     assert "--recompute-granularity full" in done.stderr
@@ -62,7 +65,7 @@ def test_every_rank_ends_with_the_same_code(
     """As under srun, where the first rank has the store that the others look into."""
     flags = [*FLAGS, "--save", str(tmp_path / "save")]
     with started(tmp_path, 2, flags, program(ranks, place)) as job:
-        assert job.wait_until(job.one_has_ended, 300)
+        assert job.wait_until(job.one_has_ended)
         assert job.wait(SECONDS) == [EXIT_USER_ERROR] * 2, job.output(0) + job.output(1)
         assert_one_message(job.output(0), where)
         assert "out of memory" not in job.output(1) and "Traceback" not in job.output(1)
@@ -80,7 +83,7 @@ def test_torchrun_reports_something_to_correct(tmp_path: Path, rank: int) -> Non
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == EXIT_USER_ERROR, done.stderr
     assert_one_message(done.stderr, f"step 2, forward and backward, rank {rank} on cpu")
