@@ -69,6 +69,7 @@ TRIALS = [
     *(Trial("sandwich-middle", recipe, 1) for recipe in CYCLIC),
     Trial("sandwich-top", "one-sweep", 1, long=True),
     *(Trial(name, "once", 2) for name in ("standard", "pizza-bottom")),
+    *(Trial("sandwich-middle", recipe, 2) for recipe in CYCLIC),
 ]
 
 

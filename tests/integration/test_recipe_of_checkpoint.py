@@ -19,7 +19,7 @@ from megatron_kvshare.cli.main import main
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.solver import RECIPES
 from megatron_kvshare.train.setup import prepare
-from tests.distributed.world import Layout, World
+from tests.distributed.world import PATIENCE_SECONDS, Layout, World
 from tests.integration.conftest import ROOT
 from tests.integration.pretrain_jobs import SMALL, Outcome, config_of, losses, run_pretrain
 
@@ -125,7 +125,7 @@ def test_the_command_itself(copy: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert f"note: {NOTE}{RECIPE['default']}\n" in done.stderr
