@@ -153,15 +153,31 @@ def fatal(
     """
     if result.skipped:
         return _fatal_skip(train, progress, result)
+    return _divergence(train, alarms)
+
+
+def check_has_not_diverged(train: TrainConfig, health: Health) -> None:
+    """A run that was stopped because it diverged does not go on by itself, when a launcher or a
+    scheduler starts it again.
+
+    Raises:
+        DivergenceError: it has, and the policy is to stop.
+    """
+    error = _divergence(train, health.alarms)
+    if error is not None:
+        raise error
+
+
+def _divergence(train: TrainConfig, alarms: Sequence[Alarm]) -> DivergenceError | None:
     if not alarms or train.divergence_policy == "warn":
         return None
-    rule = "the run diverges, and --divergence-policy is stop"
+    rule = "the run diverged, and --divergence-policy is stop"
     fix = (
-        "the warning says what to try; the checkpoint of this step holds the weights as they are,"
-        " older ones were kept: to go back, write the number of one of them into the tracker file"
+        "change what the warning names and go back (older checkpoints were kept: write the number"
+        " of one into the tracker file), or go on all the same by --divergence-policy warn"
     )
-    where = f"step {progress.step}"
-    return DivergenceError([Fault(where, alarm.seen, rule, fix) for alarm in alarms])
+    faults = [Fault(f"step {alarm.step}", alarm.seen, rule, fix) for alarm in alarms]
+    return DivergenceError(faults)
 
 
 def _fatal_skip(train: TrainConfig, progress: Progress, result: StepResult) -> TrainingError | None:

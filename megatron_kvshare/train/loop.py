@@ -10,6 +10,7 @@ from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.sharing.solver import with_more_sweeps
 from megatron_kvshare.train.anomaly import (
     after_step,
+    check_has_not_diverged,
     divergence_text,
     fatal,
     loss_limit,
@@ -30,9 +31,11 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
 
     Raises:
         TrainingError: too many bad steps, or one where the policy is to stop, or divergence where
-            the policy is to stop; it is saved before.
+            the policy is to stop (saved before), or in an earlier part of such a run.
     """
     train, log, checkpoint = run.config.train, run.config.log, run.config.checkpoint
+    with together(run.state):
+        check_has_not_diverged(train, run.progress.health)
     batches = run.data.train_batches(run.progress.samples)
     valid_loss = None
 

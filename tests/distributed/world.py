@@ -14,6 +14,7 @@ This module must stay cheap to import: workers set their environment before anyt
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -232,5 +233,7 @@ class Groups:
 
         torch.set_num_threads(1)
         parallel.destroy()
+        self.state = None
+        gc.collect()  # what the last job left in cycles holds groups, and each its threads
         os.environ.update({"WORLD_SIZE": str(layout.world_size), "MASTER_PORT": str(port)})
         self.state = parallel.initialize(layout.tensor, layout.pipeline, layout.virtual)

@@ -34,7 +34,8 @@ def test_it_is_told_once_and_in_the_closing_words(
 
 
 def test_it_can_stop_the_run_and_older_checkpoints_stay(world: World, tmp_path: Path) -> None:
-    """Started again it goes on, and does not tell the same again."""
+    """Started again, as a launcher or a scheduler would, it does not go on by itself; when it is
+    told to it does, and does not warn of the same again."""
     save = tmp_path / "save"
     flags = (*WILD, "--save", save, "--save-interval", 1, "--keep-last", 2, "--resume", "auto")
     stop = ("--divergence-policy", "stop")
@@ -43,7 +44,10 @@ def test_it_can_stop_the_run_and_older_checkpoints_stay(world: World, tmp_path: 
     assert "--divergence-policy is stop" in first.error and second.error == "exit 3"
     kept = sorted(each.name for each in save.glob("iter_*"))
     assert len(kept) == 3  # the two before, and that of the step that raised the alarm
-    first, _ = run(world, TWO, tmp_path / "m.jsonl", *flags, *stop)
+    again, second = run(world, TWO, tmp_path / "m.jsonl", *flags, *stop)
+    assert (again.error, second.error) == (first.error, "exit 3")
+    assert sorted(each.name for each in save.glob("iter_*")) == kept
+    first, _ = run(world, TWO, tmp_path / "m.jsonl", *flags)
     assert first.step == 14 and TOLD not in first.warnings
     assert f"  {SIGN} in step" in first.output and "Done" not in first.output
 

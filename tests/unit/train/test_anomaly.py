@@ -11,10 +11,11 @@ import pytest
 
 from megatron_kvshare.checkpoint.manifest import Alarm, Health, Progress
 from megatron_kvshare.config import ModelConfig, PretrainConfig, TrainConfig
-from megatron_kvshare.errors import EXIT_DIVERGED
+from megatron_kvshare.errors import EXIT_DIVERGED, DivergenceError
 from megatron_kvshare.train.anomaly import (
     WINDOW,
     after_step,
+    check_has_not_diverged,
     divergence_text,
     fatal,
     loss_limit,
@@ -143,7 +144,11 @@ def test_the_policy_decides_whether_divergence_ends_the_run() -> None:
     error = fatal(stop, progress, result(), [ALARM])
     assert error is not None and error.exit_code == EXIT_DIVERGED == 3
     assert "1e+09" in str(error) and "--divergence-policy is stop" in str(error)
-    assert fatal(stop, progress, result()) is None  # told before, and gone on from
+    assert fatal(stop, progress, result()) is None  # nothing new in this step
+    with pytest.raises(DivergenceError, match="--divergence-policy warn"):
+        check_has_not_diverged(stop, progress.health)
+    check_has_not_diverged(TrainConfig(), progress.health)
+    check_has_not_diverged(stop, Health())
 
 
 def test_the_warning_says_what_was_seen_what_causes_it_and_what_to_try() -> None:
