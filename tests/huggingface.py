@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,6 +26,26 @@ from megatron_kvshare.sharing.solver import RECIPES, Recipe
 from tests.product import Tiny
 
 TINY = Tiny()
+_REMOTE = "transformers_modules"
+
+
+@contextlib.contextmanager
+def code_copied_to(folder: Path) -> Iterator[None]:
+    """transformers copies the code of a model into one folder for all, in the user's home, and
+    imports it as one package: inside, `folder` is that folder and nothing is imported from it."""
+    path, before = list(sys.path), _take_remote_modules()
+    try:
+        with mock.patch("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder)):
+            yield
+    finally:
+        sys.path[:] = path
+        _take_remote_modules()
+        sys.modules.update(before)
+
+
+def _take_remote_modules() -> dict[str, Any]:
+    names = [name for name in sys.modules if name.partition(".")[0] == _REMOTE]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def description(

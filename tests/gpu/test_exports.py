@@ -7,7 +7,7 @@ reads long token subsets block by block.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from megatron_kvshare.train.saving import save
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.step import train_step
 from tests.distributed.world import Layout
+from tests.huggingface import code_copied_to
 from tests.integration.pretrain_jobs import MAPS, config_of
 from tests.parity.test_gpu_route import route
 from tests.product import random_tokens, relative_differences
@@ -51,9 +52,10 @@ class Export(NamedTuple):
 @pytest.fixture(scope="module")
 def exported(
     single: ParallelState, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Export]:
+) -> Iterator[Callable[[str], Export]]:
     """Of one kind of map, after three steps; made when it is first asked for."""
-    return cache(lambda kind: export_of(single, kind, tmp_path_factory.mktemp("export")))
+    with code_copied_to(tmp_path_factory.mktemp("modules")):
+        yield cache(lambda kind: export_of(single, kind, tmp_path_factory.mktemp("export")))
 
 
 @torch.enable_grad()  # tests ask for it where they want none
@@ -94,9 +96,9 @@ def test_logits(kind: str, length: int, here: ParallelState, exported: Callable[
     native, by_transformers, fp32 = exported(kind)
     by_transformers.config.kv_prefill = "trained"
     tokens = random_tokens(VOCABULARY, 2, length).to(here.platform.device)
-    wanted = fp32.logits(tokens, mode="passes")
+    wanted = fp32.logits(tokens, mode="sweeps")
     with route(here) as log:
-        ours = native(tokens, plan=fp32.plan("passes", length)).value[..., :VOCABULARY]
+        ours = native(tokens, plan=fp32.plan("sweeps", length)).value[..., :VOCABULARY]
     if log is not None:
         assert bool(log["flash_forward"]) == (length == LONG)
     theirs = by_transformers(tokens).logits

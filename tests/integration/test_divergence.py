@@ -18,7 +18,12 @@ TOLD = "the run looks as if it diverges: the mean loss of the last 5 steps"
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(data=2), Layout(tensor=2), Layout(pipeline=2)], ids=["dp", "tp", "pp"]
+    "layout",
+    [
+        pytest.param(Layout(tensor=2), id="tp"),
+        pytest.param(Layout(data=2), id="dp", marks=pytest.mark.nightly),
+        pytest.param(Layout(pipeline=2), id="pp", marks=pytest.mark.nightly),
+    ],
 )
 def test_it_is_told_once_and_in_the_closing_words(
     world: World, tmp_path: Path, layout: Layout

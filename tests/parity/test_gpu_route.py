@@ -70,7 +70,13 @@ def skip_elsewhere(device: str, state: ParallelState) -> None:
         pytest.skip(f"this process runs on {state.platform.device}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=() if c.reads_blocks else pytest.mark.nightly, id=str(c))
+        for c in CASES
+    ],
+)
 def test_short_texts(case: Case, single: ParallelState, monkeypatch: pytest.MonkeyPatch):
     skip_elsewhere("cpu", single)
     monkeypatch.setattr(context, "BLOCKWISE_FROM", SHORT)

@@ -15,7 +15,7 @@ from megatron_kvshare.huggingface.settings import from_config, to_config
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
-from tests.huggingface import TINY, description, write_folder
+from tests.huggingface import TINY, code_copied_to, description, write_folder
 from tests.maps import named_maps, random_maps
 from tests.recipes import strided
 
@@ -68,16 +68,16 @@ def test_there_and_back_again(sharing, tiny, dtype, single, tmp_path, capsys):
     assert before == after
 
 
-def test_transformers_loads_an_export_by_its_own_code(single, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+def test_transformers_loads_an_export_by_its_own_code(single, tmp_path):
     folder = write_folder(tmp_path / "hf", TOP, RECIPES["one-sweep"])
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert (config.iter_stride, config.iter_start) == (4, "input")
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules")
-    out = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)
-    assert out.shape == (1, 6)
-    model.save_pretrained(tmp_path / "again")
+    with code_copied_to(tmp_path / "m"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        assert (config.iter_stride, config.iter_start) == (4, "input")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules")
+        out = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)
+        assert out.shape == (1, 6)
+        model.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     start = HuggingFaceWeights(folder)
     assert again.keys() == start.tensors.keys()
