@@ -16,6 +16,7 @@ from megatron_kvshare.sharing.solver import (
     Solver,
     Start,
     Tolerance,
+    name_of,
     solver_plan,
 )
 
@@ -72,11 +73,10 @@ def takes_usual_recipe(sharing: SharingConfig) -> bool:
 
 def with_recipe(sharing: SharingConfig, recipe: Recipe) -> SharingConfig:
     """The settings that say all of ``recipe``, whatever is usual."""
-    parts: dict[str, Any] = {f"kv_{name}": value for name, value in recipe.as_dict().items()}
-    parts["kv_recipe"] = "paper"
-    for name, known in RECIPES.items():
-        if known == recipe:
-            parts = {"kv_recipe": name}
+    parts: dict[str, Any] = {"kv_recipe": name_of(recipe)}
+    if parts["kv_recipe"] is None:
+        parts = {f"kv_{name}": value for name, value in recipe.as_dict().items()}
+        parts["kv_recipe"] = "paper"
     return replace(sharing, **parts)
 
 

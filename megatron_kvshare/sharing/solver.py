@@ -170,19 +170,24 @@ DEFAULT_RECIPE = "two-sweep"
 at 1.1B worse than no sharing; these are few seeds and short runs (docs/solvers.md)."""
 
 
+def name_of(recipe: Recipe) -> str | None:
+    """What ``recipe`` is called; None without a name."""
+    return next((name for name, known in RECIPES.items() if known == recipe), None)
+
+
 def with_more_sweeps(recipe: Recipe) -> str:
     """The named recipes to try where ``recipe`` is too far from its fixed point, as a flag; empty
     for ``paper``."""
     names = list(RECIPES)  # the cheapest first; without a name it may be as cheap as that
-    current = next((name for name, known in RECIPES.items() if known == recipe), names[0])
+    current = name_of(recipe) or names[0]
     better = names[names.index(current) + 1 :]
     return f"--kv-recipe {' or '.join(better)}" if better else ""
 
 
 def recipe_name(recipe: Recipe) -> str:
     """``two-sweep: strided(4; 1, 1)p``; without a name the notation alone."""
-    names = [f"{name}: " for name, known in RECIPES.items() if known == recipe]
-    return f"{names[0] if names else ''}{recipe}"
+    name = name_of(recipe)
+    return f"{name}: {recipe}" if name else str(recipe)
 
 
 class Prefill(StrEnum):

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from megatron_kvshare.errors import EXIT_USER_ERROR, KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
-from megatron_kvshare.train.watchdog import in_time
+from megatron_kvshare.train.watchdog import STORE_PATIENCE, in_time
 
 _INTERVAL = 1.0
 """Seconds between two looks for a note."""
@@ -23,8 +23,6 @@ _GATHERING = 1.0
 """Seconds in which ranks that have to leave for the same reason write theirs: often all do."""
 _PATIENCE = 20.0
 """Seconds the first rank waits for the others to have read it: its store may be where they look."""
-_STORE_PATIENCE = 5.0
-"""Seconds after which a store that does not answer counts as gone."""
 _WRITERS, _MESSAGE, _LEFT = "notes/writers", "notes/of/", "notes/left"
 
 
@@ -110,4 +108,4 @@ class Notes:
     def _ask(self, action: Callable[[Any], Any]) -> Any:
         """What the store answers; None where it is gone, or never was."""
         store = self._store
-        return None if store is None else in_time(lambda: action(store), _STORE_PATIENCE)
+        return None if store is None else in_time(lambda: action(store), STORE_PATIENCE)

@@ -27,7 +27,7 @@ from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
 from megatron_kvshare.train.pulse import Pulse
 
-_STORE_PATIENCE = 5.0
+STORE_PATIENCE = 5.0
 """Seconds after which a store that does not answer counts as gone."""
 _LONGEST_INTERVAL = 5.0
 """Seconds between two signs of life, shorter where the limit is short."""
@@ -116,7 +116,7 @@ class _Watchdog(threading.Thread):
         self._count += 1
         if self._store is not None:
             write = partial(self._store.set, str(self._state.rank), json.dumps(self._sign()))
-            in_time(write, _STORE_PATIENCE)
+            in_time(write, STORE_PATIENCE)
 
     def _sign(self) -> Sign:
         now = self._pulse.now
@@ -153,7 +153,7 @@ class _Watchdog(threading.Thread):
         store, ranks = self._store, range(self._state.world_size)
         if store is None:
             return [self._sign()]
-        found = in_time(lambda: [read_sign(store, rank) for rank in ranks], _STORE_PATIENCE)
+        found = in_time(lambda: [read_sign(store, rank) for rank in ranks], STORE_PATIENCE)
         if found is None:  # the store is gone, and with it the first rank's host
             return [None if rank == 0 else Sign(self._count, 0, "", "", 0) for rank in ranks]
         return found
