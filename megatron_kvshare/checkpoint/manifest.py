@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_kvshare.config import CheckpointConfig, ModelConfig
-from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.errors import CheckpointError, Fault, KVShareError
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
 
 MANIFEST = "kvshare.json"
 FORMAT_VERSION = 7
+
+# What reading a text that is no manifest, or one of an old version that is damaged, ends with.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 # The weights fit another value of these, so --finetune may change them; a resume may not.
 _CHANGED_BY_FINETUNE = {
@@ -121,15 +124,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Read ``kvshare.json``. Raises :class:`CheckpointError` if missing, damaged or too new."""
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = _checked(json.loads(path.read_text(encoding="utf-8")))
         version = values["format_version"]
         if version > FORMAT_VERSION:
             rule = (
                 f"format version {version} is newer than {FORMAT_VERSION}, which this version reads"
             )
             raise NewerFormat(Fault(str(path), version, rule, "update megatron_kvshare"))
-        if version >= 4 and values["sha256"] != _digest(values):
-            raise ValueError("its text is not what was written (SHA-256)")
         values.pop("sha256", None)
         if version < 6:
             values["has_optimizer"] = values.pop("optimizer_format") is not None
@@ -139,10 +140,34 @@ def read_manifest(folder: Path) -> Manifest:
         if recipe is not None:  # its parts have had other names
             values["identity"]["kv_recipe"] = Recipe.from_dict(recipe).as_dict()
         return Manifest(**{**values, "progress": _progress(values["progress"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except NewerFormat:
+        raise
+    except (*_DAMAGE, KVShareError) as error:
         rule = "this is not a complete checkpoint of megatron_kvshare"
         fix = "load another iter_* folder, by its number in latest_checkpointed_iteration.txt"
         raise CheckpointError(Fault(str(path), str(error), rule, fix)) from error
+
+
+def _checked(values: Any) -> dict[str, Any]:
+    """A manifest that is what was written, as far as its format lets that be seen.
+
+    Only then does its version mean anything: one flipped bit makes a version that needs no
+    checksum, or one that is yet to come. So a checksum is checked wherever there is one, and later
+    versions must keep its rule.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("it must be a JSON object")
+    version = values["format_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError(f"format_version {version!r} is not a version")
+    if ("sha256" in values or version >= 4) and values["sha256"] != _digest(values):
+        raise ValueError("its text is not what was written (SHA-256)")
+    if any(name in ("", ".", "..") or "/" in name for name in values.get("files", ())):
+        raise ValueError("it names files outside its folder")
+    return values
 
 
 def _progress(values: dict[str, Any]) -> Progress:

@@ -11,7 +11,9 @@ import pytest
 from megatron_kvshare.checkpoint import folder
 from megatron_kvshare.checkpoint.load import chosen, find_checkpoint, newest_sound
 from megatron_kvshare.checkpoint.manifest import (
+    FORMAT_VERSION,
     Manifest,
+    NewerFormat,
     Progress,
     check_data,
     identity,
@@ -162,12 +164,66 @@ def test_the_stored_recipe_can_be_built_again(saved: Path) -> None:
     assert Recipe.from_dict(stored) == RECIPES["paper"]
 
 
+@pytest.mark.parametrize("version", ["8", "3", "NaN", "7.0", "true", "-1", "1e999", '"7"', "[7]"])
+def test_a_version_that_was_not_written_is_damage(saved: Path, version: str) -> None:
+    """Not a newer program's checkpoint, and not one too old for a checksum."""
+    path = folder.iteration_folder(saved, 7) / "kvshare.json"
+    text = path.read_text()
+    path.write_text(
+        text.replace(f'"format_version": {FORMAT_VERSION}', f'"format_version": {version}')
+    )
+    assert path.read_text() != text
+    with pytest.raises(CheckpointError, match="not a complete checkpoint") as caught:
+        read_manifest(path.parent)
+    assert not isinstance(caught.value, NewerFormat)
+
+
+def test_a_later_version_is_told_from_damage_by_its_checksum(saved: Path, single) -> None:
+    aside = folder.begin(folder.iteration_folder(saved, 9))
+    later = Manifest(identity_of(), Progress(9), 1, 2, True, format_version=FORMAT_VERSION + 1)
+    later.write(aside)
+    folder.publish(aside, folder.iteration_folder(saved, 9), 9)
+    settings = CheckpointConfig(load=str(saved))
+    with pytest.raises(NewerFormat, match="update megatron_kvshare"):
+        newest_sound(settings, single)
+    path = folder.iteration_folder(saved, 9) / "kvshare.json"
+    path.write_text(path.read_text().replace('"samples": 0', '"samples": 1'))
+    found = newest_sound(settings, single)
+    assert found.iteration == 7 and "iter_0000009" in "".join(found.warnings)
+
+
+NO_MANIFESTS = {
+    "list": "[]",
+    "number": "7",
+    "null": "null",
+    "deep": "[" * 100_000,
+    "version alone": '{"format_version": 1}',
+}
+
+
+@pytest.mark.parametrize("text", NO_MANIFESTS.values(), ids=NO_MANIFESTS)
+def test_what_is_no_manifest_is_damage(saved: Path, text: str) -> None:
+    path = folder.iteration_folder(saved, 7) / "kvshare.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        read_manifest(path.parent)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/b", ".."])
+def test_a_manifest_names_files_of_its_own_folder_only(saved: Path, name: str) -> None:
+    target = folder.iteration_folder(saved, 7)
+    marks = {name: {"bytes": 1, "sha256": "0"}}
+    Manifest(identity_of(), Progress(7), 1, 2, True, files=marks).write(target)
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        read_manifest(target)
+
+
 def write_old(manifest: Manifest, aside: Path) -> None:
-    """Versions before 6 named the kind of optimizer."""
+    """Versions before 6 named the kind of optimizer, those before 4 had no checksum."""
     manifest.write(aside)
     path = aside / "kvshare.json"
     values = json.loads(path.read_text())
-    del values["has_optimizer"]
+    del values["has_optimizer"], values["sha256"]
     path.write_text(json.dumps({**values, "optimizer_format": "replicated fp32"}))
 
 
@@ -208,11 +264,3 @@ def test_a_checkpoint_without_optimizer_state_must_be_asked_for(tmp_path: Path) 
     with pytest.raises(CheckpointError, match="no-load-optim"):
         find(tmp_path, identity_of())
     assert not find(tmp_path, identity_of(), no_load_optim=True).take_optimizer
-
-
-def test_a_newer_format_is_no_damage(saved: Path, single) -> None:
-    manifest = folder.iteration_folder(saved, 7) / "kvshare.json"
-    content = {**json.loads(manifest.read_text()), "format_version": 9}
-    manifest.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="update megatron_kvshare"):
-        newest_sound(CheckpointConfig(load=str(saved)), single)
