@@ -53,17 +53,25 @@ def warmup_fits(config: PretrainConfig) -> Iterator[Fault]:
         yield Fault(flag, value, rule_text, fix)
 
 
-@rule("lr_decay_style lr_wsd_decay_iters lr_decay_iters train_iters")
+@rule(
+    "lr_decay_style lr_wsd_decay_iters lr_decay_iters train_iters lr_warmup_iters"
+    " lr_warmup_fraction"
+)
 def wsd_fits(config: PretrainConfig) -> Iterator[Fault]:
-    """Warm-up-stable-decay needs to know how long the decay is."""
+    """Warm-up-stable-decay needs to know how long the decay is, and it begins after the warm-up."""
     train, flag = config.train, "--lr-wsd-decay-iters"
     if train.lr_decay_style != "WSD":
         return
-    fix = f"use {flag} {max(train.decay_iters // 10, 1)} (a tenth of the {train.decay_iters} steps)"
+    left = train.decay_iters - train.warmup_iters
+    usual = min(max(train.decay_iters // 10, 1), max(left, 1))
+    fix = f"use {flag} {usual} (a tenth of the {train.decay_iters} steps)"
     if train.lr_wsd_decay_iters is None:
         yield Fault(flag, None, "--lr-decay-style WSD needs it", fix)
-    elif train.lr_wsd_decay_iters > train.decay_iters:
-        rule_text = f"it must be at most the {train.decay_iters} steps of the schedule"
+    elif train.lr_wsd_decay_iters > left > 0:
+        rule_text = (
+            f"it must be at most {left}, what the {train.decay_iters} steps of the schedule leave"
+            f" after {train.warmup_iters} of warm-up; else the rate would jump at the end of that"
+        )
         yield Fault(flag, train.lr_wsd_decay_iters, rule_text, fix)
 
 

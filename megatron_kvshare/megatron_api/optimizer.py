@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -160,7 +161,9 @@ def zero_gradients(models: Models, optimizer: MegatronOptimizer) -> None:
         optimizer.zero_grad()
 
 
-def build_scheduler(optimizer: MegatronOptimizer, train: TrainConfig) -> OptimizerParamScheduler:
+def build_scheduler(
+    optimizer: MegatronOptimizer | SimpleNamespace, train: TrainConfig
+) -> OptimizerParamScheduler:
     """Megatron-core's schedule, counted in iterations.
 
     Warm-up goes linearly from 0 to ``lr``; then cosine, linear, constant or WSD down to ``min_lr``
@@ -192,3 +195,9 @@ def set_learning_rate(scheduler: OptimizerParamScheduler, step: int) -> float:
     scheduler.num_steps = step
     scheduler.step(0)
     return float(scheduler.optimizer.param_groups[0]["lr"])
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """The learning rate of ``step`` (from 1) under these settings, for who has no optimizer."""
+    nothing = SimpleNamespace(param_groups=[{}])
+    return set_learning_rate(build_scheduler(nothing, train), step)

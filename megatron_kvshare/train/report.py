@@ -22,6 +22,7 @@ from megatron_kvshare.sharing.memory import (
     training_memory,
 )
 from megatron_kvshare.sharing.solver import recipe_name
+from megatron_kvshare.train.learning_rate import commands_to_train_on, without
 from megatron_kvshare.train.metrics import perplexity
 from megatron_kvshare.train.run import Run
 
@@ -155,7 +156,7 @@ def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
         return "\n".join(lines)
     lines += [f"Checkpoint: {run.saved}", "Next:"]
     if run.stopped_by:
-        again = [*_without(typed.run, "--resume"), "--resume", "auto"]
+        again = [*without(typed.run, "--resume"), "--resume", "auto"]
         return "\n".join([*lines, f"  go on:         {shlex.join(again)}"])
     return "\n".join([*lines, *_next_steps(run, typed)])
 
@@ -171,27 +172,15 @@ def _signs_of_divergence(health: Health) -> list[str]:
 
 def _next_steps(run: Run, typed: Typed) -> list[str]:
     root = run.config.checkpoint.save or ""
-    longer = [*_without(typed.run, "--train-iters", "--resume"), "--resume", "auto"]
-    longer += ["--train-iters", str(2 * run.config.train.train_iters)]
     plan = [*typed.program, "plan", "--num-layers", str(run.plan.map.num_layers)]
     plan += ["--kv-map", run.plan.map.notation]
     export = [*typed.program, "convert", "to-hf", "--load", root]
     export += ["--save", str(Path(root).with_name("hf"))]
     return [
-        f"  train on:      {shlex.join(longer)}",
+        *commands_to_train_on(run.config, typed.run),
         f"  study the map: {shlex.join(plan)}",
         f"  export:        {shlex.join(export)}",
     ]
-
-
-def _without(command: Sequence[str], *flags: str) -> list[str]:
-    """``command`` without these flags and the one value after each."""
-    kept, value_follows = [], False
-    for word in command:
-        if not value_follows and not word.startswith(tuple(f"{flag}=" for flag in flags)):
-            kept += [] if word in flags else [word]
-        value_follows = word in flags
-    return kept
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

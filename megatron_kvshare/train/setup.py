@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_kvshare.checkpoint.load import (
+    Found,
     chosen,
     find_checkpoint,
     load_checkpoint,
@@ -44,6 +45,7 @@ from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.train.learning_rate import schedule_change
 from megatron_kvshare.train.pulse import BUILDING, LOADING, Pulse
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.together import together, warn
@@ -84,6 +86,7 @@ def prepare(config: PretrainConfig, state: ParallelState, pulse: Pulse | None = 
         found = find_checkpoint(settings, made_of, state.world_size, iteration)
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
+    warn(state, *_schedule_changes(config, found))
     pulse.beat(BUILDING)
     plan = execution_plan(config.model, config.sharing)
     shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)
@@ -122,6 +125,14 @@ def prepare(config: PretrainConfig, state: ParallelState, pulse: Pulse | None = 
         continued=None if found is None or settings.finetune else found.folder,
         tracking={} if found is None or settings.finetune else found.manifest.tracking,
     )
+
+
+def _schedule_changes(config: PretrainConfig, found: Found | None) -> list[str]:
+    """What a resume with other flags does to the learning rate."""
+    if found is None or found.progress.step == 0 or found.progress.step >= config.train.train_iters:
+        return []
+    change = schedule_change(found.manifest.config, config.train, found.progress.step)
+    return [] if change is None else [change]
 
 
 def _check_same_recipe(config: PretrainConfig) -> None:

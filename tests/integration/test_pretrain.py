@@ -58,7 +58,22 @@ def test_what_a_run_says(trained: Path) -> None:
     valid = records(trained / "m.jsonl")[-1]
     assert f"validation perplexity {valid['valid_perplexity']:.2f}" in output
     assert f"Checkpoint: {trained / 'save' / 'iter_0000006'}" in output
-    assert "--train-iters 12" in output.splitlines()[-3]
+    assert "--finetune --load" in output.splitlines()[-3]  # its learning rate has ended at 0
+
+
+def test_a_longer_run_says_what_becomes_of_its_learning_rate(trained: Path) -> None:
+    command = [sys.executable, "-m", "megatron_kvshare", "pretrain", *SMALL, "--eval-iters", "0"]
+    flags = ["--load", str(trained / "save"), "--train-iters", "8"]
+    done = subprocess.run(
+        [*command, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the learning rate goes from 0 in step 6 to" in done.stderr
+    assert "--train-iters was 6, now 8" in done.stderr
 
 
 def test_resume_in_a_fresh_process_is_bit_identical(trained: Path, tmp_path: Path) -> None:
@@ -75,6 +90,7 @@ def test_resume_in_a_fresh_process_is_bit_identical(trained: Path, tmp_path: Pat
     )
     set_latest(trained / "save", 6)
     assert done.returncode == 0, done.stderr
+    assert "the learning rate goes" not in done.stderr
     whole = losses(trained / "m.jsonl")
     assert losses(tmp_path / "m.jsonl") == {step: whole[step] for step in (4, 5, 6)}
     assert records(tmp_path / "m.jsonl")[-1] == records(trained / "m.jsonl")[-1]
