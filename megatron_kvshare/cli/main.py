@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from megatron_kvshare import __version__
 from megatron_kvshare.errors import EXIT_USER_ERROR, ConfigError, Fault, KVShareError
+from megatron_kvshare.train.console import drop_unwritten
 
 EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
 EXIT_BROKEN_PIPE = 141  # what a shell reports for SIGPIPE
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()
+        _flush()
         return code
     except KVShareError as error:
         _print_error(error)
@@ -114,6 +115,18 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(_unknown_command(name))
     return _load(name).run(rest)
+
+
+def _flush() -> None:
+    """What a command has printed is its result: one that a full disk swallows is no success."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_unwritten(sys.stdout)
+        rule, fix = f"it cannot be written: {error.strerror}", "send it somewhere else"
+        raise KVShareError(Fault("standard output", None, rule, fix)) from error
 
 
 def _unknown_command(name: str) -> Fault:

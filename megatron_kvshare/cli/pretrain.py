@@ -21,6 +21,7 @@ from megatron_kvshare.config.pretrain import (
     world_size,
 )
 from megatron_kvshare.errors import EXIT_STOPPED
+from megatron_kvshare.train.console import complain
 
 
 def run(argv: Sequence[str]) -> int:
@@ -32,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     config = parse_pretrain(argv, completed=partial(with_recipe_of_checkpoint, say=_note))
     if _is_first():
         for warning in pretrain_warnings(config):
-            print(f"warning: {warning}", file=sys.stderr)
+            complain(f"warning: {warning}")
     # torch and megatron-core take seconds to import: not before the configuration is right.
     if config.dry_run:
         _plan(config)
@@ -46,7 +47,7 @@ def _is_first() -> bool:
 
 def _note(text: str) -> None:
     if _is_first():
-        print(f"note: {text}", file=sys.stderr)
+        complain(f"note: {text}")
 
 
 def _would_start_again() -> bool:

@@ -141,8 +141,9 @@ class LogConfig:
     """wandb name of the run."""
     wandb_save_dir: str | None = None
     """Folder for wandb's files."""
-    wandb_mode: Literal["online", "offline"] = "online"
-    """offline needs no network; upload later with `wandb sync`."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """offline needs no network; upload later with `wandb sync`. Left out: what WANDB_MODE in the
+    environment says, else online."""
     peak_tflops: Positive | None = None
     """Peak TFLOP/s of one device for MFU; left out: measured with a matrix product."""
     log_kv_residual: bool = True

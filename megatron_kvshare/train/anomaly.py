@@ -226,6 +226,9 @@ def write_down(run: Run, result: StepResult) -> None:
         f" gradient norm {result.grad_norm:.4g}): samples {first} to {last}",
     )
     if run.config.checkpoint.save is not None:
-        folder = Path(run.config.checkpoint.save)
-        folder.mkdir(parents=True, exist_ok=True)
-        append_line(folder / SKIPPED_BATCHES, record)
+        path = Path(run.config.checkpoint.save) / SKIPPED_BATCHES
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(path, record)
+        except OSError as error:
+            warn(run.state, f"{path} cannot be written: {error.strerror}")

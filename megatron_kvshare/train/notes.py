@@ -7,7 +7,6 @@ A thread of every rank looks for one and ends its process: nothing else can leav
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 from megatron_kvshare.errors import EXIT_USER_ERROR, KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
+from megatron_kvshare.train.console import complain
 from megatron_kvshare.train.watchdog import STORE_PATIENCE, in_time
 
 _INTERVAL = 1.0
@@ -68,7 +68,7 @@ class Notes:
             return True
 
         if not self._ask(write):  # the store is gone, and with it the first rank
-            print(error, file=sys.stderr, flush=True)
+            complain(str(error))
         time.sleep(_GATHERING)
         self._leave()
 
@@ -85,7 +85,6 @@ class Notes:
             deadline = time.monotonic() + _PATIENCE
             while self._rank == 0 and self._others_are_here() and time.monotonic() < deadline:
                 time.sleep(_INTERVAL / 10)
-            sys.stdout.flush()
             os._exit(EXIT_USER_ERROR)
 
     def _tell(self) -> None:
@@ -94,7 +93,7 @@ class Notes:
         key = f"{_MESSAGE}{min(self._writers(), default=0)}"
         message = self._ask(lambda store: store.get(key) if store.check([key]) else b"")
         if message:
-            print(message.decode(), file=sys.stderr, flush=True)
+            complain(message.decode())
 
     def _others_are_here(self) -> bool:
         left = self._ask(lambda store: store.add(_LEFT, 0))

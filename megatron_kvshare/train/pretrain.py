@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.cost import train_flops_per_token
 from megatron_kvshare.train import report
+from megatron_kvshare.train.console import say
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics, measured_peak_tflops
 from megatron_kvshare.train.out_of_memory import within_memory
@@ -35,22 +37,21 @@ def _pretrain(
     run = prepare(config, state, pulse)
     if state.is_first:
         device = str(state.platform.device)
-        print(report.start(config, run.data.plan, state.world_size, device))
+        say(report.start(config, run.data.plan, state.world_size, device))
         if run.continued is not None:
-            print(f"Continuing from {run.continued} at step {run.progress.step:,}.")
-        print(flush=True)
+            say(f"Continuing from {run.continued} at step {run.progress.step:,}.")
+        say("")
     with together(state):
         metrics = _metrics(run)
     pulse.beat("starting")
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(metrics.close)
+        if run.saver is not None:  # before the metrics: a tracker may take its time
+            at_the_end.callback(run.saver.close)
         with watched(pulse, state, 60 * config.parallel.distributed_timeout_minutes):
             valid_loss = train(run, metrics, wish)
-    finally:
-        metrics.close()
-        if run.saver is not None:
-            run.saver.close()
     if state.is_first:
-        print("\n" + report.end(run, valid_loss, typed), flush=True)
+        say("\n" + report.end(run, valid_loss, typed))
     return run
 
 

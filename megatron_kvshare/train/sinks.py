@@ -1,20 +1,31 @@
-"""Where metrics go (L5): console, JSON lines, TensorBoard, wandb; all get the same records."""
+"""Where metrics go (L5): console, JSON lines, TensorBoard, wandb; all get the same records.
+
+None of them may cost a step or a checkpoint: what fails is told once and left out.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
-import sys
-from datetime import timedelta
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_kvshare.config import LogConfig, PretrainConfig
 from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.train.console import Console, complain
 
 Record = dict[str, Any]
 """Metrics of one step by name; ``step`` counts from 1."""
+
+
+_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+"""What a disk does for a while; any other error is one of the path that was given."""
 
 
 class Sink(Protocol):
@@ -31,57 +42,51 @@ def open_sinks(config: PretrainConfig, step: int, tracking: dict[str, str]) -> l
     ``tracking``: what an earlier part of the run noted; gets what this part notes.
 
     Raises:
-        ConfigError: a file cannot be written, or a package is missing or refuses to start.
+        ConfigError: a file may not be written, or a package is missing or refuses its settings.
     """
     log = config.log
     sinks: list[Sink] = [Console(config.train.train_iters)]
-    if log.metrics_file is not None:
-        sinks.append(JsonLines(Path(log.metrics_file), step))
-    if log.tensorboard_dir is not None:
-        sinks.append(TensorBoard(log.tensorboard_dir, step))
+    if (file := log.metrics_file) is not None:
+        sinks.append(Expendable("--metrics-file", partial(JsonLines, Path(file), step)))
+    if (folder := log.tensorboard_dir) is not None:
+        sinks.append(Expendable("--tensorboard-dir", partial(TensorBoard, folder, step)))
     if log.wandb_project is not None:
-        sinks.append(Wandb(log, as_dict(config), tracking))
+        sinks.append(Expendable("--wandb-project", partial(Wandb, log, as_dict(config), tracking)))
     return sinks
 
 
-class Console:
-    """One line per record."""
+class Expendable:
+    """A sink that is told of once and left out from then on when it fails, in whatever way."""
 
-    def __init__(self, train_iters: int) -> None:
-        self._total = train_iters
+    def __init__(self, flag: str, make: Callable[[], Sink]) -> None:
+        """Raises :class:`ConfigError` as ``make`` does: that is for the user to put right."""
+        self._flag = flag
+        self._sink: Sink | None = None
+        with self._left_out():
+            self._sink = make()
 
     def write(self, record: Record) -> None:
-        text = self._valid(record) if "valid_loss" in record else self._train(record)
-        print(text, flush=True)
+        with self._left_out():
+            if self._sink is not None:
+                self._sink.write(record)
 
     def close(self) -> None:
-        """Nothing to close."""
+        with self._left_out():
+            if self._sink is not None:
+                self._sink.close()
 
-    def _at(self, record: Record) -> str:
-        return f"step {record['step']:>{len(str(self._total))}}/{self._total}"
-
-    def _valid(self, record: Record) -> str:
-        loss, perplexity = record["valid_loss"], record["valid_perplexity"]
-        text = f"{self._at(record)} | validation loss {loss:.4f} | perplexity {perplexity:.2f}"
-        gap = record.get("valid_kv_gap")
-        return text if gap is None else f"{text} | exact {gap:+.4f}"
-
-    def _train(self, record: Record) -> str:
-        parts = [
-            f"{self._at(record)} ({record['step'] / self._total:.0%})",
-            f"ETA {timedelta(seconds=round(record['eta_seconds']))}",
-            f"loss {record['loss']:.4f}",
-            f"lr {record['lr']:.3g}",
-            f"grad norm {record['grad_norm']:.3f}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"{record['tflops']:.3g} TFLOP/s",
-            f"MFU {record['mfu']:.1%}",
-        ]
-        if "kv_residual" in record:
-            parts.append(f"KV residual {record['kv_residual']:.2g}")
-        if record["skipped_steps"]:
-            parts.append(f"{record['skipped_steps']} steps skipped")
-        return " | ".join(parts)
+    @contextlib.contextmanager
+    def _left_out(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            sink, self._sink = self._sink, None
+            complain(f"warning: {self._flag} fails and is left out from here on: {error}")
+            with contextlib.suppress(Exception):  # it has failed already
+                if sink is not None:
+                    sink.close()
 
 
 class JsonLines:
@@ -94,31 +99,46 @@ class JsonLines:
     def __init__(self, path: Path, step: int) -> None:
         """``step``: the last one that stays."""
         self._path = path
+        self._lost = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _set_aside(path, step)
             path.touch()
         except OSError as error:
+            if error.errno in _PASSING:
+                raise
             fix = "give a file in a folder you can write to"
             rule = f"it cannot be written: {error.strerror}"
             raise ConfigError(Fault("--metrics-file", str(path), rule, fix)) from error
 
     def write(self, record: Record) -> None:
+        """A line that cannot be written is lost, which is said once: the next may fit again."""
         values = {name: value if _is_plain(value) else None for name, value in record.items()}
-        append_line(self._path, values)
+        try:
+            append_line(self._path, values)
+        except OSError as error:
+            if not self._lost:
+                complain(f"warning: {self._path} cannot be written: {error.strerror}")
+            self._lost += 1
 
     def close(self) -> None:
-        """Nothing to close: every line is written at once."""
+        """Say what is missing; every line was written at once."""
+        if self._lost:
+            complain(f"warning: {self._path} lacks {self._lost} records")
 
 
 def append_line(path: Path, values: Record) -> None:
-    """Add ``values`` as a line of JSON; a full disk costs the line and a warning, not the run."""
-    try:
-        with path.open("ab", buffering=0) as file:
-            file.write((json.dumps(values) + "\n").encode())
-    except OSError as error:
-        text = f"warning: {path} cannot be written: {error.strerror}"
-        print(text, file=sys.stderr, flush=True)
+    """Add ``values`` as a line of JSON, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    line = (json.dumps(values) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        if file.write(line) < len(line):  # the disk is full after a part of it
+            file.truncate(start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _is_plain(value: Any) -> bool:
@@ -134,11 +154,14 @@ def _set_aside(path: Path, step: int) -> None:
     stay = [line for line, at in zip(lines, steps, strict=True) if at <= step]
     if len(stay) == len(lines):
         return
-    with path.with_name(path.name + ".replaced").open("a", encoding="utf-8") as file:
-        file.writelines(line for line, at in zip(lines, steps, strict=True) if at > step)
     draft = path.with_name(path.name + ".partial")
-    draft.write_text("".join(stay), encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text("".join(stay), encoding="utf-8")
+        with path.with_name(path.name + ".replaced").open("a", encoding="utf-8") as file:
+            file.writelines(line for line, at in zip(lines, steps, strict=True) if at > step)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _step_of(line: str) -> float:
@@ -169,7 +192,8 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run; with ``--wandb-mode offline`` nothing leaves the machine.
+    """A wandb run; with ``--wandb-mode offline`` nothing leaves the machine. wandb reads what no
+    flag says from its environment variables.
 
     Its id goes to ``tracking`` and with it into checkpoints, so that a resumed run is the same one.
     """
@@ -189,12 +213,13 @@ class Wandb:
                 id=tracking.get("wandb"),
                 resume="allow",
             )
-        except wandb.errors.Error as error:
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError, ValueError) as error:
             fix = "run `wandb login`, or add --wandb-mode offline"
             raise ConfigError(
                 Fault("--wandb-project", log.wandb_project, f"wandb does not start: {error}", fix)
             ) from error
-        tracking["wandb"] = self._run.id
+        if not self._run.disabled:
+            tracking["wandb"] = self._run.id
 
     def write(self, record: Record) -> None:
         self._run.log(_tagged(record), step=record["step"])

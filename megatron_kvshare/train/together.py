@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 from megatron_kvshare.errors import KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
+from megatron_kvshare.train.console import complain
 
 
 @contextlib.contextmanager
@@ -38,4 +38,4 @@ def warn(state: ParallelState, *warnings: str) -> None:
     """Tell the user, once for all ranks."""
     if state.is_first:
         for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            complain(f"warning: {warning}")

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron_kvshare.errors import EXIT_LOST, Fault, LostError, runs
 from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
+from megatron_kvshare.train.console import complain
 from megatron_kvshare.train.pulse import Pulse
 
 STORE_PATIENCE = 5.0
@@ -127,9 +128,8 @@ class _Watchdog(threading.Thread):
         if self._speaker(silent(before, after)) == self._state.rank:
             why = f"nothing has moved for {self._limit:.0f} s (--distributed-timeout-minutes)"
             fault = self._fault(report(before, after), why)
-            print(LostError(fault), file=sys.stderr)
-        print(f"[rank {self._state.rank}] is here:\n{main_stack()}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+            complain(str(LostError(fault)))
+        complain(f"[rank {self._state.rank}] is here:\n{main_stack()}")
         os._exit(EXIT_LOST)
 
     def _fault(self, lines: Sequence[str], why: str) -> Fault:

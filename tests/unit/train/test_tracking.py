@@ -80,6 +80,36 @@ def test_a_wandb_run_goes_on_beside_its_files_of_the_same_second(
     assert sorted(found) == [[b"train/first"], [b"train/last"], [b"train/later"]]
 
 
+@pytest.mark.parametrize(
+    ("environment", "flag", "mode"),
+    [
+        ("offline", None, "offline"),
+        ("disabled", None, "disabled"),
+        ("disabled", "offline", "offline"),
+        ("offline", "disabled", "disabled"),
+    ],
+)
+def test_the_environment_wins_over_a_default_and_a_flag_over_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment, flag, mode
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", environment)
+    tracking: dict[str, str] = {}
+    log = LogConfig(wandb_project="test", wandb_mode=flag, wandb_save_dir=str(tmp_path))
+    sink = Wandb(log, {}, tracking)
+    sink.write(TRAIN)
+    sink.close()
+    assert bool(offline_files(tmp_path)) == (mode == "offline")
+    assert bool(tracking) == (mode == "offline")  # there is no run to go on with
+
+
+def test_a_mode_that_wandb_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(ConfigError, match=r"(?s)--wandb-project.*offlin"):
+        Wandb(LogConfig(wandb_project="test", wandb_save_dir=str(tmp_path)), {}, {})
+
+
 @pytest.mark.parametrize("package", ["wandb", "tensorboard"])
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str) -> None:
     for name in [package, "torch.utils.tensorboard"]:

@@ -1,0 +1,87 @@
+"""What a run prints (L5): no terminal, pipe or full disk behind it may cost a step."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from typing import Any, TextIO
+
+
+def say(text: str, stream: TextIO | None = None) -> bool:
+    """Print ``text`` (to standard output unless told otherwise) and whether it arrived; what cannot
+    be written is dropped."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        drop_unwritten(stream)
+        return False
+    return True
+
+
+def complain(text: str) -> bool:
+    """:func:`say` on standard error."""
+    return say(text, sys.stderr)
+
+
+def drop_unwritten(stream: TextIO) -> None:
+    """Forget what ``stream`` holds and cannot write: Python would try again at exit, and turn the
+    exit code into 120."""
+    try:
+        number = stream.fileno()
+        kept, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+    except OSError:
+        return
+    try:
+        os.dup2(nowhere, number)
+        stream.flush()
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class Console:
+    """The sink that prints one line per record."""
+
+    def __init__(self, train_iters: int) -> None:
+        self._total = train_iters
+        self._lost = 0
+
+    def write(self, record: dict[str, Any]) -> None:
+        arrived = say(self._valid(record) if "valid_loss" in record else self._train(record))
+        if not arrived and not self._lost:
+            complain("warning: standard output cannot be written; the run goes on without it")
+        if arrived and self._lost:
+            complain(f"warning: standard output was lost for {self._lost} lines")
+        self._lost = 0 if arrived else self._lost + 1
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def _at(self, record: dict[str, Any]) -> str:
+        return f"step {record['step']:>{len(str(self._total))}}/{self._total}"
+
+    def _valid(self, record: dict[str, Any]) -> str:
+        loss, perplexity = record["valid_loss"], record["valid_perplexity"]
+        text = f"{self._at(record)} | validation loss {loss:.4f} | perplexity {perplexity:.2f}"
+        gap = record.get("valid_kv_gap")
+        return text if gap is None else f"{text} | exact {gap:+.4f}"
+
+    def _train(self, record: dict[str, Any]) -> str:
+        parts = [
+            f"{self._at(record)} ({record['step'] / self._total:.0%})",
+            f"ETA {timedelta(seconds=round(record['eta_seconds']))}",
+            f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.3g}",
+            f"grad norm {record['grad_norm']:.3f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{record['tflops']:.3g} TFLOP/s",
+            f"MFU {record['mfu']:.1%}",
+        ]
+        if "kv_residual" in record:
+            parts.append(f"KV residual {record['kv_residual']:.2g}")
+        if record["skipped_steps"]:
+            parts.append(f"{record['skipped_steps']} steps skipped")
+        return " | ".join(parts)
