@@ -251,15 +251,21 @@ def data_changes(stored: dict[str, Any], run: dict[str, Any]) -> list[str]:
     return [
         f"{name} was {_data_text(stored[name])}, now {_data_text(run[name])}"
         for name in stored
-        if name in run and _contents(stored[name]) != _contents(run[name])
+        if name in run and not _same_contents(stored[name], run[name])
     ]
 
 
-def _contents(value: Any) -> Any:
-    """Without the paths: data may be moved."""
-    if not isinstance(value, list):
-        return value
-    return [{name: each for name, each in row.items() if name != "source"} for row in value]
+def _same_contents(stored: Any, run: Any) -> bool:
+    """By what the checkpoint knows of each source: older ones know nothing of the index beyond the
+    lengths of the documents. Paths are left out, for data may be moved."""
+    if not isinstance(stored, list):
+        return bool(stored == run)
+    return len(stored) == len(run) and all(
+        row[name] == now.get(name)
+        for row, now in zip(stored, run, strict=True)
+        for name in row
+        if name != "source"
+    )
 
 
 def _data_text(value: Any) -> str:
@@ -267,9 +273,13 @@ def _data_text(value: Any) -> str:
         return str(value)
     return " + ".join(
         f"{row['weight']:.4g} x {row['source']} (documents {row['documents'][0]} to"
-        f" {row['documents'][1]}, fingerprint {row['fingerprint'][:12]})"
+        f" {row['documents'][1]}, fingerprint {row['fingerprint'][:12]}{_index_text(row)})"
         for row in value
     )
+
+
+def _index_text(row: dict[str, Any]) -> str:
+    return f", index {row['index_sha256'][:8]}" if "index_sha256" in row else ""
 
 
 def check_data(manifest: Manifest, run: dict[str, Any], settings: CheckpointConfig) -> list[str]:

@@ -53,6 +53,7 @@ class PlanRow:
     samples: int
     epochs: float
     fingerprint: str
+    index_sha256: str
 
     @property
     def num_documents(self) -> int:
@@ -65,6 +66,7 @@ class PlanRow:
         return {
             "source": self.source,
             "fingerprint": self.fingerprint,
+            "index_sha256": self.index_sha256,
             "documents": list(self.documents),
             "weight": self.weight,
         }
@@ -80,6 +82,7 @@ class PlanRow:
             seq_length=request.seq_length,
             seed=request.seed,
             fingerprint=self.fingerprint,
+            index_sha256=self.index_sha256,
         )
 
 
@@ -165,8 +168,18 @@ def _rows(part: Part, sources: list[Source], request: DataRequest) -> list[PlanR
         weight = share / sum(shares)
         samples = round(request.samples(part) * weight)
         epochs = samples * request.seq_length / source.tokens
-        name, mark = source.files.prefix, source.files.fingerprint
+        files = source.files
         rows.append(
-            PlanRow(part, name, source.documents, source.tokens, weight, samples, epochs, mark)
+            PlanRow(
+                part=part,
+                source=files.prefix,
+                documents=source.documents,
+                tokens=source.tokens,
+                weight=weight,
+                samples=samples,
+                epochs=epochs,
+                fingerprint=files.fingerprint,
+                index_sha256=files.index.sha256,
+            )
         )
     return rows

@@ -95,12 +95,10 @@ def usable_split(files: TokenFiles, parts: Sequence[Part]) -> str | None:
 
 def token_outside(where: str, token: int, vocab_size: int) -> Fault:
     """The fault of a token id that the model has no embedding for."""
-    return Fault(
-        where=where,
-        value=token,
-        rule=f"token id outside the vocabulary of {vocab_size}",
-        fix=f"use the data's own tokenizer, or --vocab-size of at least {token + 1}",
-    )
+    fix = f"use the data's own tokenizer, or --vocab-size of at least {token + 1}"
+    if token < 0:
+        fix = "make the files again with `kvshare preprocess`: ids are never negative"
+    return Fault(where, token, f"token id outside the vocabulary of {vocab_size}", fix)
 
 
 def _paths(data: DataConfig, part: Part) -> tuple[str, Sequence[str]]:
@@ -158,10 +156,13 @@ def _check_tokens(files: TokenFiles, data: DataConfig, vocabulary: Vocabulary) -
         fix = "pass the tokenizer the data was made with, or preprocess the text again"
         faults.append(Fault("--tokenizer-model", data.tokenizer_model, rule, fix))
     packed = data.reset_attention_mask or data.reset_position_ids or data.eod_mask_loss
-    largest, has_eod = files.scan(vocabulary.eod if packed else None)
-    if largest >= vocabulary.size:
-        faults.append(token_outside(files.prefix, largest, vocabulary.size))
-    if packed and not has_eod:
+    scan = files.scan(vocabulary.eod if packed else None)
+    faults += [
+        token_outside(files.prefix, token, vocabulary.size)
+        for token in dict.fromkeys((scan.smallest, scan.largest))
+        if not 0 <= token < vocabulary.size
+    ]
+    if packed and not scan.found:
         where = "--reset-attention-mask, --reset-position-ids, --eod-mask-loss"
         rule = f"the data has no end-of-document token (id {vocabulary.eod})"
         fix = "preprocess it again with --append-eod, or leave the flags out"

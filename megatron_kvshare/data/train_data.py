@@ -115,9 +115,9 @@ class TrainData:
 
     def _finish(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Batch:
         vocabulary = self.plan.request.vocabulary
-        largest = int(torch.maximum(tokens.max(), labels.max()))
-        if largest >= vocabulary.size:
-            raise DataError(token_outside("training data", largest, vocabulary.size))
+        for token in _extremes(tokens, labels, loss_mask):
+            if not 0 <= token < vocabulary.size:
+                raise DataError(token_outside("training data", token, vocabulary.size))
         positions = documents = None
         if vocabulary.eod is not None:
             if self._data.reset_position_ids:
@@ -127,6 +127,14 @@ class TrainData:
             if self._data.eod_mask_loss:
                 loss_mask = loss_mask.masked_fill(tokens == vocabulary.eod, 0.0)
         return Batch(tokens, labels, loss_mask, positions, documents)
+
+
+def _extremes(tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[int, int]:
+    """The smallest and the largest id of a batch from megatron-core, which turns labels of -1 into
+    0 without a loss."""
+    both = torch.cat((tokens, labels))
+    smallest = int(both.min()) if bool(loss_mask.all()) else -1
+    return smallest, int(both.max())
 
 
 def _leave_stopping_to_the_trainer(_worker: int) -> None:

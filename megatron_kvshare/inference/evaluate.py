@@ -49,13 +49,14 @@ def tokens_of_files(prefix: str, split: str | None, model: LoadedModel) -> torch
     first, end = 0, files.num_documents
     if split is not None:
         first, end = split_ranges(split, files.num_documents).get(Part.valid, (0, 0))
-    if first >= end:
-        rule = f"no document of {prefix} is for validation"
+    if not files.count_tokens(first, end):
+        rule = f"no document of {prefix} with tokens is for validation"
         raise DataError(Fault("--split", split, rule, "leave it out to evaluate on all of them"))
     ids = torch.from_numpy(files.tokens(first, end).astype(numpy.int64))
-    if int(ids.max()) >= model.description.vocab_size:
-        rule = f"the model has {model.description.vocab_size} token ids"
-        raise DataError(Fault(prefix, int(ids.max()), rule, "use data of the model's tokenizer"))
+    for token in (int(ids.min()), int(ids.max())):
+        if not 0 <= token < model.description.vocab_size:
+            rule = f"the model has {model.description.vocab_size} token ids"
+            raise DataError(Fault(prefix, token, rule, "use data of the model's tokenizer"))
     return ids
 
 

@@ -7,6 +7,7 @@ loops or bare asserts.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +47,9 @@ class PartSpec:
 
     ``documents`` is the range ``[first, end)`` of documents in the token files at ``prefix``;
     ``min_samples`` asks for as many epochs in the index as that many samples need (None: one
-    epoch). ``fingerprint`` names the content of the files: an index made for other content is never
-    read.
+    epoch). ``fingerprint`` and ``index_sha256`` name the content of ``.bin`` and ``.idx``: an index
+    of samples made for other content is never read, nor are files that have changed since they were
+    checked.
     """
 
     prefix: str
@@ -57,6 +59,7 @@ class PartSpec:
     seq_length: int
     seed: int
     fingerprint: str
+    index_sha256: str
 
 
 class _IndexKey:
@@ -72,6 +75,7 @@ class _IndexKey:
 
     def __init__(self, spec: PartSpec) -> None:
         self.unique_identifiers = {"data": spec.fingerprint, "documents": list(spec.documents)}
+        self.unique_identifiers["index"] = spec.index_sha256
         self.unique_identifiers["samples"] = [spec.min_samples or 0]
 
 
@@ -146,7 +150,8 @@ def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
     leaves nothing broken. A rank that does not see rank 0's disk makes the index in its own memory.
 
     Raises:
-        DataError: on every rank, if the cache folder cannot be written.
+        DataError: on every rank, if the cache folder cannot be written or the files have changed
+            since they were checked.
     """
     fault = None
     if _rank() == 0:
@@ -159,6 +164,8 @@ def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
                 rule=f"the index of samples cannot be written there ({error})",
                 fix="pass a folder that can be written",
             )
+        except DataError as error:
+            fault = error.faults[0]
     fault = _from_rank_zero(fault)
     if fault is not None:
         raise DataError(fault)
@@ -179,9 +186,26 @@ def _dataset(spec: PartSpec, cache: str) -> GPTDataset:
         create_attention_mask=False,
     )
     documents = numpy.arange(*spec.documents, dtype=numpy.int32)
-    source = GPTDataset.build_low_level_dataset(spec.prefix, config)
+    source = _opened_as_checked(spec, config)
     part = Split(int(spec.part))
     return GPTDataset(source, spec.prefix, documents, spec.min_samples, part, config)
+
+
+def _opened_as_checked(spec: PartSpec, config: GPTDatasetConfig) -> IndexedDataset:
+    """megatron-core's reader of the files that were checked, and of no others.
+
+    It opens them by name once more; ``kvshare preprocess`` may have replaced them in between. It
+    keeps both files open, and takes the tokens first, as preprocess does the other way round: with
+    the index that was checked, they are the ones that were checked.
+    """
+    source = None
+    if IndexedDataset.exists(spec.prefix):
+        source = GPTDataset.build_low_level_dataset(spec.prefix, config)
+    if source is None or hashlib.sha256(source.index.bin_buffer).hexdigest() != spec.index_sha256:
+        rule = "the files have been replaced since they were checked, moments ago"
+        fix = "start again when nothing writes to them"
+        raise DataError(Fault("token files", spec.prefix, rule, fix))
+    return source
 
 
 def _cached_dataset(spec: PartSpec, cache: Path) -> GPTDataset:

@@ -134,6 +134,18 @@ def test_moved_data_and_an_evaluation_turned_on_are_no_change() -> None:
     assert check_data(stored, run, CheckpointConfig()) == []
 
 
+def test_the_index_counts_where_the_checkpoint_knows_it() -> None:
+    """Checkpoints before it knew the lengths of the documents and the tokens."""
+    older = Manifest({}, Progress(), 1, 1, None, data=DATA)
+    run = DATA | {"train": [DATA["train"][0] | {"index_sha256": "i" * 64}]}
+    assert check_data(older, run, CheckpointConfig()) == []
+    newer = Manifest({}, Progress(), 1, 1, None, data=run)
+    assert check_data(newer, run, CheckpointConfig()) == []
+    other = DATA | {"train": [run["train"][0] | {"index_sha256": "j" * 64}]}
+    with pytest.raises(CheckpointError, match=r"index iiiiiiii\), now .*index jjjjjjjj"):
+        check_data(newer, other, CheckpointConfig(load="x"))
+
+
 def test_every_difference_is_listed(saved: Path) -> None:
     run = identity_of(kv_map="0_1_1", hidden_size=1024, vocab_size=99, tokenizer="other")
     with pytest.raises(CheckpointError) as caught:

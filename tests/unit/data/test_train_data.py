@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import islice, pairwise
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from megatron_kvshare.data.mock import MockSamples
 from megatron_kvshare.data.train_data import Batch, BatchLayout, TrainData
 from megatron_kvshare.data.vocabulary import Vocabulary
 from megatron_kvshare.errors import DataError
+from megatron_kvshare.megatron_api.datasets import IndexedDatasetBuilder
 
 from .conftest import WriteTokens, counting_documents
 
@@ -242,4 +244,21 @@ def test_vocabulary_is_also_checked_while_reading(
     documents[0][250] = 120
     data = build(write_tokens(documents, vocab_size=200), split="1,0,0", request={"eval_iters": 0})
     with pytest.raises(DataError, match=r"120.*outside the vocabulary of 100"):
+        steps(data, 100)
+
+
+@pytest.mark.parametrize("token", [-1, -2])
+def test_negative_ids_are_found_while_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: int
+) -> None:
+    """megatron-core takes -1 for padding: it would be trained on as 0, without a loss."""
+    monkeypatch.setattr("megatron_kvshare.data.token_files._SCAN_TOKENS", 64)
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"))
+    for number in range(4):
+        ids = numpy.ones(500)
+        ids[250] = token if number == 0 else 1
+        builder.add_document(ids, [500])
+    builder.finalize(str(tmp_path / "a.idx"))
+    data = build(str(tmp_path / "a"), split="1,0,0", request={"eval_iters": 0})
+    with pytest.raises(DataError, match=rf"{token}: token id outside"):
         steps(data, 100)

@@ -1,0 +1,129 @@
+"""The whole index of token files, checked once (L4).
+
+Layout of ``.idx`` (megatron-core's ``indexed_dataset.py``): 9 bytes magic, version (u64), dtype
+code (u8), number of sequences and of document borders (u64 each), then lengths (i32), byte offsets
+(i64) and borders (i64); multimodal files add a mode (i8) per sequence. megatron-core believes all
+of it: a wrong offset trains on other tokens without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from megatron_kvshare.errors import DataError, Fault
+
+REPROCESS = "make the files again with `kvshare preprocess`"
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_MAX_SEQUENCES = (1 << 31) - 1
+"""megatron-core numbers documents in 32 bits."""
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """A sound index: type of the ids, tokens of every document (int32), SHA-256 of the file."""
+
+    dtype: numpy.dtype
+    lengths: numpy.ndarray
+    sha256: str
+
+
+def read_index(prefix: str, bin_bytes: int) -> TokenIndex:
+    """Read ``.idx`` whole, and check that it describes ``.bin`` of ``bin_bytes`` byte for byte.
+
+    Raises:
+        DataError: another kind of file, a damaged index, or one that belongs to other tokens.
+        OSError: it cannot be read.
+    """
+    path = Path(prefix + ".idx")
+    content = numpy.memmap(path, dtype=numpy.uint8, mode="r")
+    if content.size < _HEADER.size:
+        raise broken(prefix, f"{path.name} is cut off", REPROCESS)
+    magic, version, code, sequences, borders = _HEADER.unpack(content[: _HEADER.size].tobytes())
+    if magic != _MAGIC or version != 1 or code not in _DTYPES:
+        raise broken(prefix, f"{path.name} is not a Megatron index of token ids", REPROCESS)
+    _check_size(prefix, content.size, sequences, borders)
+    lengths = _column(content, "<i4", sequences, _HEADER.size)
+    pointers = _column(content, "<i8", sequences, _HEADER.size + 4 * sequences)
+    ends = _column(content, "<i8", borders, _HEADER.size + 12 * sequences)
+    dtype = numpy.dtype(_DTYPES[code])
+    _check_lengths(prefix, lengths, dtype.itemsize, bin_bytes)
+    _check_pointers(prefix, lengths, pointers, dtype.itemsize)
+    _check_borders(prefix, ends, sequences)
+    return TokenIndex(dtype, lengths, hashlib.sha256(content).hexdigest())
+
+
+def broken(prefix: str, rule: str, fix: str) -> DataError:
+    """The error of token files that cannot be used."""
+    return DataError(Fault(where="token files", value=prefix, rule=rule, fix=fix))
+
+
+def _column(content: numpy.ndarray, dtype: str, count: int, offset: int) -> numpy.ndarray:
+    return numpy.frombuffer(content, dtype=dtype, count=count, offset=offset)
+
+
+def _check_size(prefix: str, size: int, sequences: int, borders: int) -> None:
+    name, expected = f"{Path(prefix).name}.idx", _HEADER.size + 12 * sequences + 8 * borders
+    if size < expected:
+        raise broken(prefix, f"{name} is cut off: {size} of {expected} bytes", REPROCESS)
+    if sequences and size == expected + sequences:
+        rule = f"{name} gives every sequence a mode: these are multimodal files"
+        raise broken(prefix, rule, "only text is supported; give files of token ids alone")
+    if size > expected:
+        rule = f"{name} has {size - expected} bytes after its {expected}"
+        raise broken(prefix, rule, REPROCESS)
+    if sequences > _MAX_SEQUENCES:
+        rule = f"{sequences:,} documents are more than megatron-core can number"
+        raise broken(prefix, rule, f"cut the files into parts of at most {_MAX_SEQUENCES:,}")
+
+
+def _check_lengths(prefix: str, lengths: numpy.ndarray, width: int, bin_bytes: int) -> None:
+    if lengths.size and int(lengths.min()) < 0:
+        number = int((lengths < 0).argmax())
+        rule = f".idx is damaged: document {number} has {int(lengths[number])} tokens"
+        raise broken(prefix, rule, REPROCESS)
+    expected = int(lengths.sum(dtype=numpy.int64)) * width
+    if expected != bin_bytes:
+        rule = f".idx describes {expected} bytes of tokens, .bin has {bin_bytes}"
+        raise broken(prefix, rule, f"{REPROCESS}, the two do not belong together")
+
+
+def _check_pointers(
+    prefix: str, lengths: numpy.ndarray, pointers: numpy.ndarray, width: int
+) -> None:
+    """Documents lie one after another: each starts where the one before it ends."""
+    for first, expected in _starts(lengths, width):
+        found = pointers[first : first + expected.size]
+        if not numpy.array_equal(found, expected):
+            number = int((found != expected).argmax())
+            rule = (
+                f".idx is damaged: document {first + number} starts at byte {int(found[number])}"
+                f" of .bin, after those before it at {int(expected[number])}"
+            )
+            raise broken(prefix, rule, REPROCESS)
+
+
+def _starts(lengths: numpy.ndarray, width: int) -> Iterator[tuple[int, numpy.ndarray]]:
+    """The first document of each chunk, and the byte at which each of its documents starts."""
+    start = 0
+    for first in range(0, lengths.size, _CHUNK):
+        sizes = lengths[first : first + _CHUNK].astype(numpy.int64) * width
+        ends = start + numpy.cumsum(sizes)
+        yield first, ends - sizes
+        start = int(ends[-1])
+
+
+def _check_borders(prefix: str, ends: numpy.ndarray, sequences: int) -> None:
+    rises = ends.size > 0 and ends[0] == 0 and ends[-1] == sequences
+    if not rises or bool((ends[1:] < ends[:-1]).any()):
+        rule = f".idx is damaged: its document borders do not rise from 0 to {sequences}"
+        raise broken(prefix, rule, REPROCESS)
