@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from megatron_kvshare.cli.progress import ProgressLine
 from megatron_kvshare.config import SharingConfig
 from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.types import SCHEMA, Count, Positive, dataclass
+from megatron_kvshare.config.types import SCHEMA, Seed, dataclass
 from megatron_kvshare.errors import ConfigError, Fault
 
 _TO_EXAMPLES = """\
@@ -46,7 +48,7 @@ class ToHuggingFaceConfig:
     """Tokenizer file or folder; left out: the one the model was trained with."""
     without_tokenizer: bool = False
     """Write no tokenizer files."""
-    max_shard_gb: Positive = 5.0
+    max_shard_gb: Annotated[float, Field(gt=0, le=1e9)] = 5.0
     """Largest size of one safetensors file, in GB."""
 
 
@@ -62,7 +64,7 @@ class FromHuggingFaceConfig:
     """With another map: keys and values of a producer are the mean over the layers that read it
     after their heads are matched and turned (aligned), the plain mean (mean), its own (target), or
     drawn anew (random)."""
-    seed: Count = 1234
+    seed: Seed = 1234
     """Seed of --kv-init random."""
     sharing: SharingConfig = field(default_factory=SharingConfig)
 

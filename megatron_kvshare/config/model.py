@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from megatron_kvshare.config.types import SCHEMA, Count, Index, NonNegative, Positive, dataclass
+from megatron_kvshare.config.types import (
+    SCHEMA,
+    Count,
+    Index,
+    Layers,
+    Minutes,
+    NonNegative,
+    Positive,
+    dataclass,
+)
 from megatron_kvshare.sharing.solver import current_name
 
 
@@ -14,7 +23,7 @@ from megatron_kvshare.sharing.solver import current_name
 class ModelConfig:
     """Model: a Llama-shaped decoder (RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases)."""
 
-    num_layers: Count = 22
+    num_layers: Layers = 22
     """Number of decoder layers."""
     hidden_size: Count = 2048
     """Width of the hidden states."""
@@ -195,7 +204,7 @@ class ParallelConfig:
     """Gather updated weights while forward already runs (needs --use-distributed-optimizer)."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; auto is nccl with GPUs and gloo without."""
-    distributed_timeout_minutes: Positive = 10
+    distributed_timeout_minutes: Minutes = 10
     """How long nothing may move before the run is given up, with a report of what every rank does
     and exit code 69."""
 

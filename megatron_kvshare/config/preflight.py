@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.types import SCHEMA, Index, Positive, dataclass
+from megatron_kvshare.config.types import SCHEMA, Bytes, Seconds, dataclass
 
 _DESCRIPTION = """
 Checks a job before it trains. Start it as the training will be started, on all processes: it calls
@@ -28,9 +28,9 @@ class PreflightConfig:
     """Check a whole job instead of this machine."""
     save: str | None = None
     """Folder the job will save to: every node must see it and be able to write there."""
-    save_bytes: Index = 0
+    save_bytes: Bytes = 0
     """Bytes that must be free at --save, for example the size of the checkpoints to be kept."""
-    timeout_seconds: Positive = 180
+    timeout_seconds: Seconds = 180
     """Longest wait for the slowest process, and for the network; who is missing then is told."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """As in `kvshare pretrain`: auto takes NCCL when a GPU is there."""

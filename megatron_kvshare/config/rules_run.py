@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_kvshare.config.blend import check_split, parse_blend
+from megatron_kvshare.config.blend import parse_blend, parse_split
 from megatron_kvshare.config.data import DataConfig
 from megatron_kvshare.config.rule import rule
 from megatron_kvshare.config.rules_model import multiples, sharing_map
@@ -147,7 +147,7 @@ def _missing_files(flag: str, prefix: str) -> Iterator[Fault]:
 def split_is_valid(config: PretrainConfig) -> Iterator[Fault]:
     """The split is three shares."""
     try:
-        check_split(config.data.split)
+        parse_split(config.data.split)
     except ConfigError as error:
         yield from error.faults
 

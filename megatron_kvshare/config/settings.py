@@ -72,11 +72,10 @@ class Setting:
             return "one of " + ", ".join(self.choices)
         if self.is_switch:
             return "true or false"
-        bounds = [
-            f"{words} {self._limits[key]:g}"
-            for key, words in _BOUNDS.items()
-            if key in self._limits
-        ]
+        limits = {key: _plain(number) for key, number in self._limits.items()}
+        if limits.keys() == {"ge", "le"}:
+            return f"{_KINDS[self._kind][1]} from {limits['ge']} to {limits['le']}"
+        bounds = [f"{words} {limits[key]}" for key, words in _BOUNDS.items() if key in limits]
         return " ".join([_KINDS[self._kind][1], " and ".join(bounds)]).strip()
 
     @property
@@ -141,6 +140,10 @@ def _setting(
     if is_pydantic_dataclass(owner):
         text = owner.__pydantic_fields__[name].description or ""
     return Setting(name, group, hint, default, " ".join(text.split()))
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _unwrap(annotation: Any) -> tuple[Any, dict[str, float]]:

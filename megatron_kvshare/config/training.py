@@ -9,10 +9,12 @@ from megatron_kvshare.config.types import (
     Count,
     Fraction,
     Index,
+    Minutes,
     Momentum,
     NonNegative,
     Positive,
     Ratio,
+    Seed,
     dataclass,
 )
 
@@ -58,7 +60,7 @@ class TrainConfig:
     """Accepted as 0 only: dropout is not supported."""
     hidden_dropout: Fraction = 0.0
     """Accepted as 0 only: dropout is not supported."""
-    seed: Index = 1234
+    seed: Seed = 1234
     """Seed of initial weights and data order."""
     eval_interval: Count = 1000
     """Steps between two evaluations on the validation split."""
@@ -77,7 +79,7 @@ class TrainConfig:
     exit code 3."""
     exit_interval: Count | None = None
     """Save and stop at the next step that is a multiple of this."""
-    exit_duration_in_mins: Positive | None = None
+    exit_duration_in_mins: Minutes | None = None
     """Save and stop after the first step that ends later than this many minutes after the start."""
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_kvshare.config import DataConfig
-from megatron_kvshare.config.blend import check_split, parse_blend
+from megatron_kvshare.config.blend import parse_blend, parse_split
 from megatron_kvshare.data.token_files import TokenFiles, open_checked
 from megatron_kvshare.data.vocabulary import Vocabulary
 from megatron_kvshare.errors import DataError, Fault
@@ -87,7 +87,7 @@ def usable_split(files: TokenFiles, parts: Sequence[Part]) -> str | None:
     """A ``--split`` that gives every requested part of these files some tokens, if there is one."""
     candidates = _SPLITS_TO_TRY if len(parts) > 1 else ("100,0,0",)
     for split in candidates:
-        ranges = split_ranges(split, files.num_documents)
+        ranges = split_ranges(parse_split(split), files.num_documents)
         if all(files.count_tokens(*ranges[part]) for part in parts):
             return split
     return None
@@ -116,13 +116,13 @@ def _paths(data: DataConfig, part: Part) -> tuple[str, Sequence[str]]:
 
 def _split(split: str, sources: dict[Part, list[Source]]) -> dict[Part, list[Source]]:
     """Give each part its documents of every source."""
-    check_split(split)
+    shares = parse_split(split)
     faults = []
     cut: dict[Part, list[Source]] = {}
     for part, whole in sources.items():
         cut[part] = []
         for source in whole:
-            documents = split_ranges(split, source.files.num_documents)[part]
+            documents = split_ranges(shares, source.files.num_documents)[part]
             piece = replace(source, documents=documents)
             cut[part].append(piece)
             if piece.tokens == 0:

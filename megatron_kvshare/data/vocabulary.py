@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_kvshare.config import DataConfig
+from megatron_kvshare.config.blend import parse_blend
 from megatron_kvshare.data.token_files import open_checked
 from megatron_kvshare.data.tokenizers import load_tokenizer
 from megatron_kvshare.errors import DataError, Fault
@@ -64,23 +65,18 @@ def _from_notes(data: DataConfig) -> Vocabulary | None:
     """What `kvshare preprocess` noted beside the first source; later sources are checked token by
     token.
     """
-    for words in (data.data_path, data.train_data_path):
-        prefix = next((word for word in words if not _is_number(word)), None)
-        if prefix is None or data.mock_data:
+    for flag, words in (
+        ("--data-path", data.data_path),
+        ("--train-data-path", data.train_data_path),
+    ):
+        if not words or data.mock_data:
             continue
+        prefix = parse_blend(flag, words)[0][0]
         notes = open_checked(prefix).notes
         size, eod = notes.get("vocab_size"), notes.get("eod")
         if isinstance(size, int):
             return Vocabulary(size, eod if isinstance(eod, int) else None)
     return None
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _unknown_size() -> Fault:

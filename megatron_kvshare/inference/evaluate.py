@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch.nn import functional
 
+from megatron_kvshare.config.blend import parse_split
 from megatron_kvshare.data.documents import DocumentReader
 from megatron_kvshare.data.token_files import open_checked
 from megatron_kvshare.data.tokenizers import Tokenizer
@@ -43,12 +44,13 @@ def tokens_of_files(prefix: str, split: str | None, model: LoadedModel) -> torch
     """Token ids of ``.bin/.idx`` files, or of the documents that ``split`` keeps for validation.
 
     Raises:
+        ConfigError: a crooked split.
         DataError: broken files, no documents, tokens outside the model's vocabulary.
     """
     files = open_checked(prefix)
     first, end = 0, files.num_documents
     if split is not None:
-        first, end = split_ranges(split, files.num_documents).get(Part.valid, (0, 0))
+        first, end = split_ranges(parse_split(split), files.num_documents).get(Part.valid, (0, 0))
     if not files.count_tokens(first, end):
         rule = f"no document of {prefix} with tokens is for validation"
         raise DataError(Fault("--split", split, rule, "leave it out to evaluate on all of them"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -21,11 +21,10 @@ import torch
 from megatron.core.datasets import helpers
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from megatron.core.datasets.utils import Split
+from megatron.core.datasets.utils import Split, normalize
 from torch import distributed
 
 from megatron_kvshare.errors import DataError, Fault
@@ -110,18 +109,18 @@ def open_token_files(prefix: str) -> IndexedDataset:
     return IndexedDataset(prefix)
 
 
-def split_ranges(split: str, num_documents: int) -> dict[Part, tuple[int, int]]:
+def split_ranges(shares: Sequence[float], num_documents: int) -> dict[Part, tuple[int, int]]:
     """Which documents ``--split`` gives to each part, by megatron-core's own rounding.
 
     Args:
-        split: shares such as ``969,30,1``, already checked to be one to three numbers with a
-            positive sum.
+        shares: one to three numbers of at least 0 with a positive sum, such as 969, 30, 1.
         num_documents: documents in the source.
 
     Returns:
         ``[first, end)`` per part; ``first == end`` for a part without documents.
     """
-    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    padded = [*shares, *[0.0] * (len(Part) - len(shares))]
+    matrix = convert_split_vector_to_split_matrix(normalize(padded))
     ranges = {}
     for part in Part:
         start, stop = matrix[part] or (0.0, 0.0)

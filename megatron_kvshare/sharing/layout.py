@@ -14,8 +14,10 @@ from megatron_kvshare.errors import ConfigError, Fault
 
 LAYOUT_FLAG = "--pipeline-model-parallel-layout"
 
-_REPEAT_GROUP = re.compile(r"\(([^()]*)\)\*(\d+)")
-_REPEAT_LETTER = re.compile(r"([EtL])\*(\d+)")
+_REPEAT_GROUP = re.compile(r"\(([^()]*)\)\*([0-9]{1,9})")
+_REPEAT_LETTER = re.compile(r"([EtL])\*([0-9]{1,9})")
+_LONGEST = 100_000
+"""Letters of a layout written out: far more than there are layers."""
 
 Layout = tuple[int, ...]
 """Number of layers of every stage, in the order of layers."""
@@ -26,7 +28,7 @@ def parse_layout(text: str, num_layers: int, ranks: int) -> Layout:
 
     Raises :class:`ConfigError` for one that loses layers or does not fit ``ranks``.
     """
-    counts = _counts_of_numbers(text) if re.match(r"\s*\d", text) else _counts_of_letters(text)
+    counts = _counts_of_numbers(text) if re.match(r"\s*[0-9]", text) else _counts_of_letters(text)
     if sum(counts) != num_layers:
         rule = f"its stages hold {sum(counts)} layers, the model has {num_layers}"
         raise ConfigError(Fault(LAYOUT_FLAG, text, rule, _use(even_ish(num_layers, len(counts)))))
@@ -123,7 +125,7 @@ def proposed_layout(work: Sequence[float], stages: int, transport: Sequence[floa
 
 def _counts_of_numbers(text: str) -> Layout:
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
+    if not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
         rule = "it is a list of layers per stage"
         raise ConfigError(Fault(LAYOUT_FLAG, text, rule, f"write {LAYOUT_FLAG} 8,8,7,7"))
     return tuple(map(int, words))
@@ -131,8 +133,8 @@ def _counts_of_numbers(text: str) -> Layout:
 
 def _counts_of_letters(text: str) -> Layout:
     plain = text.replace(",", "").replace(" ", "")
-    while (shorter := _REPEAT_GROUP.sub(_repeated, plain)) != plain:
-        plain = shorter
+    while (longer := _REPEAT_GROUP.sub(_repeated, plain)) != plain:
+        plain = longer
     plain = _REPEAT_LETTER.sub(_repeated, plain)
     if not re.fullmatch(r"E(t|\|)*L", plain):
         rule = "it is E (embedding), t (layer) and L (head and loss), with | between stages"
@@ -142,6 +144,10 @@ def _counts_of_letters(text: str) -> Layout:
 
 
 def _repeated(match: re.Match[str]) -> str:
+    if len(match[1]) * int(match[2]) > _LONGEST:
+        rule = f"it is longer than {_LONGEST:,} layers and stages"
+        fix = f"write {LAYOUT_FLAG} 8,8,7,7"
+        raise ConfigError(Fault(LAYOUT_FLAG, match[0][-40:], rule, fix))
     return match[1] * int(match[2])
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from megatron_kvshare.errors import Fault, MapError
 
-_ENTRY = re.compile(r"(\d+)(s?)")
+_ENTRY = re.compile(r"([0-9]{1,9})(s?)")
 
 
 @dataclass(frozen=True)

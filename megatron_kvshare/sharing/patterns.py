@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 
 from megatron_kvshare.errors import Fault, MapError
@@ -134,7 +135,7 @@ def _parameter(preset: Preset, num_layers: int, pattern: str) -> int:
             raise MapError(Fault("--kv-pattern", pattern, rule, f"use --kv-pattern {name}"))
         return 0
     least, most = preset.bounds(num_layers)
-    if not text.isdecimal() or not least <= int(text) <= most:
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         rule = f"{name} takes a number {preset.parameter} from {least} to {most} after a colon"
         fix = f"write for example {name}:{min(max(preset.example, least), most)}"
         raise MapError(Fault("--kv-pattern", pattern, rule, fix))

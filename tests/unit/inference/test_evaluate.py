@@ -106,6 +106,10 @@ WRONG = {
         ("--hf", "{models}/top", "--data-path", "{files}", "--split", "1,0,0"),
         "is for validation",
     ),
+    "crooked split": (
+        ("--hf", "{models}/top", "--data-path", "{files}", "--split", "a,b"),
+        "it must be one to three numbers",
+    ),
 }
 
 
