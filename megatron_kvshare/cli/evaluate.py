@@ -41,7 +41,7 @@ class EvaluateConfig:
     split: str | None = None
     """Evaluate on the validation documents of this split of --data-path; left out: on all."""
     text: tuple[str, ...] = ()
-    """Files of text (.jsonl or plain, also .xz or .gz), instead of --data-path."""
+    """Files of text (.jsonl or plain, also .xz, .gz or .bz2), instead of --data-path."""
     json_key: str = "text"
     """Key of the text in .jsonl."""
     tokenizer_model: str | None = None

@@ -18,7 +18,7 @@ _EXAMPLES = """\
       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model --workers 8 --append-eod
   kvshare pretrain --data-path data/books_text_document --tokenizer-model tok.model ...
 
-Input may be compressed (.xz, .gz). Files that are not .jsonl or .json are plain text."""
+Input may be compressed (.xz, .gz, .bz2). Files that are not .jsonl or .json are plain text."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)
@@ -26,7 +26,7 @@ class PreprocessConfig:
     """Text to token files, the same for any number of workers; written completely or not at all."""
 
     input: tuple[str, ...]
-    """Files: .jsonl (one JSON object per line) or plain text, also .xz or .gz."""
+    """Files: .jsonl (one JSON object per line) or plain text, also .xz, .gz or .bz2."""
     output_prefix: str
     """Start of the output names: PREFIX_text_document.bin and .idx."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"

@@ -17,7 +17,7 @@ _EXAMPLES = """\
   kvshare preprocess --input books.jsonl.xz --output-prefix data/books --append-eod \\
       --tokenizer-model tok.model
 
-Input may be .jsonl (one JSON object per line) or plain text, also compressed (.xz, .gz)."""
+Input may be .jsonl (one JSON object per line) or plain text, also compressed (.xz, .gz, .bz2)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)
@@ -25,7 +25,7 @@ class TrainTokenizerConfig:
     """Train a tokenizer as Llama's: byte-pair encoding, bytes for unknown characters."""
 
     input: tuple[str, ...]
-    """Files: .jsonl or plain text, also .xz or .gz; documents may have any length."""
+    """Files: .jsonl or plain text, also .xz, .gz or .bz2; documents may have any length."""
     vocab_size: Count
     """Number of tokens, the 256 bytes and the 3 special ones included."""
     output: str

@@ -1,4 +1,4 @@
-"""Documents from files (L4): ``.jsonl`` and plain text, either compressed with xz or gzip.
+"""Documents from files (L4): ``.jsonl`` and plain text, either compressed (xz, gzip, bzip2).
 
 * ``.jsonl`` / ``.json``: one JSON object per line, the text under a key (``text``), as Megatron
   reads it.
@@ -10,22 +10,24 @@ Reading streams: memory holds one document at a time, whatever the size of the f
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Literal, cast
 
+from megatron_kvshare.data.archives import (
+    SUFFIXES,
+    DamagedArchiveError,
+    misnamed,
+    uncompressed,
+)
 from megatron_kvshare.errors import DataError, Fault
 
 TextDocuments = Literal["file", "paragraph", "line"]
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_BROKEN_FILE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class RawDocument:
         try:
             decoded = self.content.decode("utf-8-sig")
             record = json.loads(decoded) if self.is_json else None
-        except ValueError as error:
-            kind = "JSON" if isinstance(error, json.JSONDecodeError) else "UTF-8"
+        except (ValueError, RecursionError) as error:
+            kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
             fix = "correct the file: .jsonl holds one JSON object per line, all text is UTF-8"
             raise _fault(self.where, self.content[:60], f"not {kind} ({error})", fix) from error
         if self.is_json:
@@ -55,7 +57,18 @@ class RawDocument:
         if len(keys) > 1:
             fix = "give one key, or .jsonl files"
             raise _fault("--json-keys", " ".join(keys), f"{self.where} is plain text", fix)
+        self._check_plain(decoded, keys)
         return [decoded.replace("\r\n", "\n")]
+
+    def _check_plain(self, text: str, keys: Sequence[str]) -> None:
+        """Plain text is neither UTF-16, half of whose bytes are often zero, nor JSON lines."""
+        if "\0" in text:
+            fix = "write it as UTF-8 (UTF-16 has such bytes), and leave files that are no text out"
+            raise _fault(self.where, text[:20], "the text holds zero bytes", fix)
+        first = text.lstrip()[:1] == "{" and _json(text.lstrip().partition("\n")[0])
+        if isinstance(first, dict) and any(isinstance(first.get(key), str) for key in keys):
+            rule = "by its name this is plain text, and its lines are JSON objects"
+            raise _fault(self.where, text[:60], rule, "give the file a name that ends in .jsonl")
 
     def _pick(self, record: object, keys: Sequence[str]) -> list[str]:
         if not isinstance(record, dict):
@@ -68,6 +81,13 @@ class RawDocument:
                 fix = f"name the key of the text with --json-keys; this line has: {names}"
                 raise _fault(self.where, key, "the line has no text under this key", fix)
         return cast("list[str]", texts)
+
+
+def _json(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 class DocumentReader:
@@ -102,9 +122,9 @@ class DocumentReader:
             try:
                 with path.open("rb") as file:
                     self._file = file
-                    yield from self._read(path, _uncompressed(path, file))
+                    yield from self._read(path, uncompressed(path, file))
                     self._file = None
-            except _BROKEN_FILE as error:
+            except (OSError, DamagedArchiveError) as error:
                 fix = "check that the file is complete and readable"
                 raise _fault("--input", str(path), f"cannot be read ({error})", fix) from error
             self._done_bytes += path.stat().st_size
@@ -121,16 +141,10 @@ class DocumentReader:
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether a file holds one JSON object per line, by its name without .xz or .gz."""
-    name = path.name.lower().removesuffix(".xz").removesuffix(".gz")
-    return name.endswith((".jsonl", ".json", ".ndjson"))
-
-
-def _uncompressed(path: Path, file: BinaryIO) -> IO[bytes]:
-    suffix = path.suffix.lower()
-    if suffix == ".xz":
-        return lzma.open(file, "rb")
-    return cast("IO[bytes]", gzip.open(file, "rb")) if suffix == ".gz" else file
+    """Whether a file holds one JSON object per line, by its name without .xz, .gz or .bz2."""
+    name = path.name.lower()
+    bare = path.with_suffix("").name.lower() if name.endswith(SUFFIXES) else name
+    return bare.endswith((".jsonl", ".json", ".ndjson"))
 
 
 def _read_pieces(path: Path, stream: IO[bytes], single_lines: bool) -> Iterator[RawDocument]:
@@ -155,9 +169,20 @@ def _check_files(paths: Sequence[Path]) -> int:
             faults.append(Fault("--input", str(path), rule, fix))
         elif path.stat().st_size == 0:
             faults.append(Fault("--input", str(path), "the file is empty", "leave it out"))
+        else:
+            faults += _content_faults(path)
     if faults:
         raise DataError(faults)
     return sum(path.stat().st_size for path in paths)
+
+
+def _content_faults(path: Path) -> list[Fault]:
+    try:
+        wrong = misnamed(path)
+    except OSError as error:
+        fix = "check path and rights"
+        return [Fault("--input", str(path), f"it cannot be read ({error})", fix)]
+    return [] if wrong is None else [Fault("--input", str(path), *wrong)]
 
 
 def _fault(where: str, value: object, rule: str, fix: str) -> DataError:
