@@ -37,6 +37,20 @@ def latest_iteration(root: Path) -> int | None:
     return int(text)
 
 
+def file_inside(folder: Path, name: str) -> Path:
+    """The file ``name`` of a checkpoint, where what is read says the name.
+
+    Raises:
+        ValueError: it would be a file outside the folder, by its path or through a link.
+    """
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise ValueError(f"{name!r} is not the name of a file in the folder")
+    path = folder / name
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        raise ValueError(f"{name} is a link that leads out of the folder")
+    return path
+
+
 def begin(target: Path) -> Path:
     """Make and return the empty folder in which ``target`` is written aside."""
     discard(target)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_kvshare.checkpoint.folder import file_inside
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 
 Marks = Mapping[str, Mapping[str, Any]]
@@ -60,11 +61,14 @@ def problems(folder: Path, marks: Marks) -> list[str]:
     found = []
     for name, wanted in marks.items():
         try:
-            size = (folder / name).stat().st_size
+            path = file_inside(folder, name)
+            size = path.stat().st_size
             if size != wanted["bytes"]:
                 found.append(f"{name} has {size:,} bytes of {wanted['bytes']:,}")
-            elif mark(folder / name)["sha256"] != wanted["sha256"]:
+            elif mark(path)["sha256"] != wanted["sha256"]:
                 found.append(f"{name} is not what was written (SHA-256)")
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
+        except ValueError as error:
+            found.append(str(error))
     return found

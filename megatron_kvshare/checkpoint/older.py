@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from megatron_kvshare.checkpoint.folder import file_inside
 from megatron_kvshare.checkpoint.metadata import damaged
 
 COMMON = "common.pt"
@@ -25,7 +26,7 @@ def updates(folder: Path) -> int:
         CheckpointError: it is not there, or the file would run code.
     """
     try:
-        common = torch.load(folder / COMMON, map_location="cpu", weights_only=True)
+        common = torch.load(file_inside(folder, COMMON), map_location="cpu", weights_only=True)
         stored = common["optimizer"]
         stored = stored.get("optimizer", stored)
         common_step = stored.get("state", {}).get("common_step")
@@ -45,7 +46,7 @@ def random_state(
     name = f"random_state/shard_{rank}_{world_size}"
     try:
         place: Any = metadata.storage_data[MetadataIndex(name)]
-        with (folder / place.relative_path).open("rb") as file:
+        with file_inside(folder, place.relative_path).open("rb") as file:
             file.seek(place.offset)
             content = io.BytesIO(file.read(place.length))
         (states,) = torch.load(content, map_location="cpu", weights_only=True)

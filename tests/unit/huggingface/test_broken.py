@@ -229,7 +229,7 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "no list of tensors": (remove(".metadata"), ".metadata cannot be read"),
     "truncated list": (cut(".metadata", 500), ".metadata has 500 bytes"),
     "a list that runs code": (attacked(Attack), "no description of data"),
-    "a list that reaches around": (attacked(Around), "the attribute __init__"),
+    "a list that reaches around": (attacked(Around), "something else in place of Metadata"),
     "truncated weights": (cut("__0_0.distcp", 20_000), "__0_0.distcp has 20,000 bytes"),
     "no weights": (remove("__0_0.distcp"), "__0_0.distcp cannot be read"),
 }
