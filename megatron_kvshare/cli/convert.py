@@ -46,6 +46,8 @@ class ToHuggingFaceConfig:
     """Folder to write; it must not be there yet, or be empty."""
     tokenizer_model: str | None = None
     """Tokenizer file or folder; left out: the one the model was trained with."""
+    trust_remote_code: bool = False
+    """Run code that the folder of the tokenizer brings along; never done otherwise."""
     without_tokenizer: bool = False
     """Write no tokenizer files."""
     max_shard_gb: Annotated[float, Field(gt=0, le=1e9)] = 5.0
@@ -97,6 +99,7 @@ def _to_hf(argv: Sequence[str]) -> int:
     job = ExportJob(
         save=Path(config.save),
         tokenizer_model=config.tokenizer_model,
+        trust_remote_code=config.trust_remote_code,
         without_tokenizer=config.without_tokenizer,
         max_shard_bytes=round(config.max_shard_gb * 1e9),
     )
@@ -128,6 +131,8 @@ def _from_hf(argv: Sequence[str]) -> int:
         seed=config.seed,
     )
     found = open_folder(job.hf)
+    for doubt in found.doubts:
+        print(f"warning: {doubt}")
     for file in found.missing:
         print(f"warning: {job.hf} has no {file}; the weights are imported all the same")
     with parallel.alone() as state:

@@ -6,6 +6,7 @@ import csv
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,11 @@ class EvaluateConfig:
     tasks: tuple[str, ...] = ()
     """lm-eval tasks, by name."""
     task_path: str | None = None
-    """Folder with task files, as tools/lm_eval_tasks.py writes them."""
+    """Folder with task files, as tools/lm_eval_tasks.py writes them; lm-eval runs what they say."""
     limit: Count | None = None
     """Documents per task; left out: all."""
+    trust_remote_code: bool = False
+    """Run code that the folder of --hf or --tokenizer-model brings along; never done otherwise."""
     output: str | None = None
     """Folder for results.json and results.csv."""
 
@@ -125,24 +128,33 @@ def _tokenizer(config: EvaluateConfig):
 
     path = config.tokenizer_model or config.hf
     if path is not None:
-        return load_tokenizer(kind_of(path), path)
+        return load_tokenizer(kind_of(path), path, trust_remote_code=config.trust_remote_code)
     settings = open_checkpoint(Path(config.load or "")).manifest.config
-    return load_tokenizer(settings["tokenizer_type"], settings["tokenizer_model"])
+    kind, path = settings["tokenizer_type"], settings["tokenizer_model"]
+    return load_tokenizer(kind, path, trust_remote_code=config.trust_remote_code)
 
 
 def _tasks(config: EvaluateConfig) -> list[dict[str, Any]]:
-    from megatron_kvshare.inference.tasks import run_tasks
+    from megatron_kvshare.inference.tasks import TasksJob, run_tasks
 
+    job = TasksJob(
+        folder=Path(config.hf or ""),
+        tasks=config.tasks,
+        task_path=config.task_path,
+        limit=config.limit,
+        trust_remote_code=config.trust_remote_code,
+    )
     if config.hf is not None:
-        return run_tasks(Path(config.hf), config.tasks, config.task_path, config.limit)
+        return run_tasks(job)
     from megatron_kvshare.checkpoint.stored import open_checkpoint
     from megatron_kvshare.huggingface.export import ExportJob, export
 
     stored = open_checkpoint(Path(config.load or ""))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        export(stored, ExportJob(save=folder), lambda _: None)
-        return run_tasks(folder, config.tasks, config.task_path, config.limit)
+        trust = config.trust_remote_code
+        export(stored, ExportJob(save=folder, trust_remote_code=trust), lambda _: None)
+        return run_tasks(replace(job, folder=folder))
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

@@ -33,6 +33,8 @@ class PreprocessConfig:
     """Kind of tokenizer."""
     tokenizer_model: str | None = None
     """Tokenizer file (SentencePiece .model, tokenizer.json) or folder (Hugging Face)."""
+    trust_remote_code: bool = False
+    """Run code that the folder of --tokenizer-model brings along; never done otherwise."""
     vocab_size: Count | None = None
     """Number of token ids, for NullTokenizer only (the last one ends documents)."""
     json_keys: tuple[str, ...] = ("text",)
@@ -56,6 +58,7 @@ def run(argv: Sequence[str]) -> int:
         output_prefix=config.output_prefix,
         tokenizer_type=config.tokenizer_type,
         tokenizer_model=config.tokenizer_model,
+        trust_remote_code=config.trust_remote_code,
         vocab_size=config.vocab_size,
         json_keys=config.json_keys,
         text_documents=config.text_documents,

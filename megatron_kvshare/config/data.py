@@ -31,6 +31,8 @@ class DataConfig:
     """Kind of tokenizer."""
     tokenizer_model: str | None = None
     """Tokenizer file (SentencePiece) or folder (Hugging Face)."""
+    trust_remote_code: bool = False
+    """Run code that the folder of --tokenizer-model brings along; never done otherwise."""
     reset_position_ids: bool = False
     """Packed documents: start positions anew after each end-of-document token."""
     reset_attention_mask: bool = False

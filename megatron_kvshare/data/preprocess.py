@@ -38,6 +38,7 @@ class PreprocessJob:
     output_prefix: str
     tokenizer_type: str
     tokenizer_model: str | None = None
+    trust_remote_code: bool = False
     vocab_size: int | None = None
     json_keys: tuple[str, ...] = ("text",)
     text_documents: TextDocuments = "file"
@@ -48,6 +49,12 @@ class PreprocessJob:
     def prefixes(self) -> list[str]:
         """Prefix of the files of each JSON key, in Megatron's naming."""
         return [f"{self.output_prefix}_{key}_document" for key in self.json_keys]
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer, the same in every process."""
+        return load_tokenizer(
+            self.tokenizer_type, self.tokenizer_model, self.vocab_size, self.trust_remote_code
+        )
 
 
 @dataclass
@@ -134,7 +141,7 @@ def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = N
         DataError: broken input, tokenizer or output folder; nothing is left behind then.
     """
     reader = DocumentReader(job.inputs, job.text_documents)
-    tokenizer = load_tokenizer(job.tokenizer_type, job.tokenizer_model, job.vocab_size)
+    tokenizer = job.load_tokenizer()
     if job.append_eod and tokenizer.eod is None:
         fix = "leave --append-eod out, or use a tokenizer with an end-of-sentence token"
         raise DataError(Fault("--append-eod", "on", "the tokenizer has no such token", fix))
@@ -217,7 +224,7 @@ _worker: tuple[PreprocessJob, Tokenizer] | None = None
 
 def _start_worker(job: PreprocessJob) -> None:
     global _worker
-    _worker = job, load_tokenizer(job.tokenizer_type, job.tokenizer_model, job.vocab_size)
+    _worker = job, job.load_tokenizer()
 
 
 def _encode_in_worker(batch: list[RawDocument]) -> list[_Encoded] | tuple[Fault, ...]:

@@ -37,16 +37,19 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(kind: str, model: str | None, vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(
+    kind: str, model: str | None, vocab_size: int | None = None, trust_remote_code: bool = False
+) -> Tokenizer:
     """Load a tokenizer by Megatron's ``--tokenizer-type`` name.
 
     Args:
         kind: ``SentencePieceTokenizer``, ``HuggingFaceTokenizer`` or ``NullTokenizer``.
         model: its file or folder on this machine.
         vocab_size: number of ids, for ``NullTokenizer`` only.
+        trust_remote_code: run code of the folder where it has no ``tokenizer.json``.
 
     Raises:
-        DataError: the file is missing, broken, or of another kind.
+        DataError: the file is missing, broken, of another kind, or needs code of its folder.
     """
     if kind == "NullTokenizer":
         if vocab_size is None:
@@ -57,17 +60,16 @@ def load_tokenizer(kind: str, model: str | None, vocab_size: int | None = None) 
     if model is None:
         fix = "give the tokenizer's file or folder; `kvshare train-tokenizer` makes one"
         raise _fault("--tokenizer-model", None, f"{kind} needs a file", fix)
-    loaders = {
-        "SentencePieceTokenizer": SentencePieceTokenizer,
-        "HuggingFaceTokenizer": HuggingFaceTokenizer,
-    }
-    if kind not in loaders:
-        fix = f"use one of {', '.join([*loaders, 'NullTokenizer'])}"
+    kinds = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    if kind not in kinds:
+        fix = f"use one of {', '.join([*kinds, 'NullTokenizer'])}"
         raise _fault("--tokenizer-type", kind, "unknown kind of tokenizer", fix)
     if not Path(model).exists():
         fix = "give a path on this machine (names on a hub are not looked up)"
         raise _fault("--tokenizer-model", model, "no such file or folder", fix)
-    return loaders[kind](Path(model))
+    if kind == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(Path(model))
+    return HuggingFaceTokenizer(Path(model), trust_remote_code)
 
 
 def kind_of(path: str) -> str:
@@ -138,10 +140,10 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A ``tokenizer.json`` file, or a folder that ``transformers`` can read."""
 
-    def __init__(self, path: Path) -> None:
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if path.is_dir() and not file.is_file():
-            file = self._convert(path)
+    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
+        file: Path | bytes = path / "tokenizer.json" if path.is_dir() else path
+        if path.is_dir() and not (path / "tokenizer.json").is_file():
+            file = self._convert(path, trust_remote_code)
         try:
             from tokenizers import Tokenizer as FastTokenizer
 
@@ -161,14 +163,18 @@ class HuggingFaceTokenizer:
         self.fingerprint: str | None = hashlib.sha256(content).hexdigest()
 
     @staticmethod
-    def _convert(path: Path) -> bytes:
+    def _convert(path: Path, trust_remote_code: bool) -> bytes:
         """The fast form of an older tokenizer folder, through transformers."""
+        if not trust_remote_code:
+            _refuse_code(path)
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise _needs_transformers(path) from error
         try:
-            slow = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            slow = AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=trust_remote_code
+            )
             return str(slow.backend_tokenizer.to_str()).encode()
         except Exception as error:  # transformers raises many kinds for a folder it cannot read
             fix = "give a folder with tokenizer.json, or that file itself"
@@ -194,6 +200,21 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _refuse_code(folder: Path) -> None:
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    try:
+        code = json.loads(file.read_text(encoding="utf-8")).get("auto_map")
+    except (ValueError, AttributeError) as error:
+        rule, fix = f"it is no readable JSON object ({error})", "download it again"
+        raise _fault("--tokenizer-model", str(file), rule, fix) from error
+    if code:
+        rule = f"this tokenizer is code of its folder ({code}), which runs only where you say so"
+        fix = "give a folder with tokenizer.json, or read the code and give --trust-remote-code"
+        raise _fault("--tokenizer-model", str(folder), rule, fix)
 
 
 def _needs_transformers(path: Path) -> DataError:

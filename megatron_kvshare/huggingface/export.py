@@ -15,19 +15,19 @@ from megatron_kvshare.data.tokenizers import Tokenizer, kind_of, load_tokenizer
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.huggingface import folder as folders
 from megatron_kvshare.huggingface.card import model_card
+from megatron_kvshare.huggingface.own_code import CODE, HERE
 from megatron_kvshare.huggingface.settings import is_plain_llama, to_config
 from megatron_kvshare.huggingface.tokenizer import write_tokenizer
-
-CODE = ("configuration_kvshare.py", "modeling_kvshare.py")
-_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportJob:
-    """What to write besides the weights. ``tokenizer_model`` None: the one of the training."""
+    """What to write besides the weights. ``tokenizer_model`` None: the one of the training;
+    ``trust_remote_code``: run code of its folder where it needs that."""
 
     save: Path
     tokenizer_model: str | None = None
+    trust_remote_code: bool = False
     without_tokenizer: bool = False
     max_shard_bytes: int = folders.MAX_SHARD_BYTES
 
@@ -91,7 +91,7 @@ def _write(
     folders.write_json(folder / "generation_config.json", generation)
     if not is_plain_llama(description.map):
         for name in CODE:
-            shutil.copy(_HERE / name, folder / name)
+            shutil.copy(HERE / name, folder / name)
     card = model_card(stored.manifest, description, job.save.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     folders.write_weights(stored.weights, folder, job.max_shard_bytes, done)
@@ -117,7 +117,7 @@ def _tokenizer(stored: StoredModel, job: ExportJob) -> tuple[Tokenizer, Path] | 
     kind = settings.get("tokenizer_type") or "SentencePieceTokenizer"
     if job.tokenizer_model is not None:
         kind = kind_of(path)
-    tokenizer = load_tokenizer(kind, path)
+    tokenizer = load_tokenizer(kind, path, trust_remote_code=job.trust_remote_code)
     if trained_with not in (None, tokenizer.fingerprint):
         rule = "it is another tokenizer than that of the training"
         raise CheckpointError(Fault("--tokenizer-model", path, rule, fix))

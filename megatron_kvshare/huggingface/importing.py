@@ -6,6 +6,7 @@ import importlib.metadata
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,10 +34,12 @@ from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.huggingface import folder as folders
 from megatron_kvshare.huggingface.export import ExportJob, export, written_aside
 from megatron_kvshare.huggingface.kv_init import KVInit, SharedKVWeights
-from megatron_kvshare.huggingface.settings import from_config
+from megatron_kvshare.huggingface.own_code import code_files, foreign_code, refuse_foreign_code
+from megatron_kvshare.huggingface.settings import MODEL_TYPE, from_config
 from megatron_kvshare.huggingface.verify import (
     Verified,
     comparable,
+    compare,
     runs_here,
     verify,
 )
@@ -58,13 +61,16 @@ class ImportJob:
 class HuggingFaceModel:
     """A folder that fits itself: configuration, tokenizer and weights belong together.
 
-    ``missing``: what a complete folder would have besides.
+    ``missing``: what a complete folder would have besides; ``doubts``: what may make the model
+    another than the folder's author meant.
     """
 
     folder: Path
+    config: dict[str, Any]
     description: ModelDescription
     weights: folders.HuggingFaceWeights
     missing: tuple[str, ...]
+    doubts: tuple[str, ...]
 
 
 def open_folder(folder: Path) -> HuggingFaceModel:
@@ -79,7 +85,7 @@ def open_folder(folder: Path) -> HuggingFaceModel:
     check_weights(folder, weights.tensors, description.weights)
     kinds = {info.dtype for info in weights.tensors.values()}
     model = replace(description.model, bf16=kinds == {torch.bfloat16})
-    missing = [file for file in _code_files(config) if not (folder / file).is_file()]
+    missing = [name for name in code_files(config) if not (folder / name).is_file()]
     fingerprint = None
     if (folder / "tokenizer.json").is_file():
         tokenizer = HuggingFaceTokenizer(folder)
@@ -91,12 +97,8 @@ def open_folder(folder: Path) -> HuggingFaceModel:
     else:
         missing.append("tokenizer.json")
     description = replace(description, model=model, tokenizer=fingerprint)
-    return HuggingFaceModel(folder, description, weights, tuple(missing))
-
-
-def _code_files(config: dict) -> list[str]:
-    modules = {str(value).partition(".")[0] for value in (config.get("auto_map") or {}).values()}
-    return sorted(f"{module}.py" for module in modules)
+    doubts = [f"{code.where} names {code.value}, which is not run" for code in foreign_code(folder)]
+    return HuggingFaceModel(folder, config, description, weights, tuple(missing), tuple(doubts))
 
 
 def shared(found: HuggingFaceModel, job: ImportJob) -> tuple[ModelDescription, TensorSource]:
@@ -119,7 +121,10 @@ def import_folder(found: HuggingFaceModel, job: ImportJob, state: ParallelState)
 
     Raises:
         CheckpointError, MapError: the folder is in the way, the map does not fit, the proof fails.
+        ConfigError: an export comes with other code than ours.
     """
+    if found.config.get("model_type") == MODEL_TYPE:
+        refuse_foreign_code(found.folder, "restore the files that were exported")
     description, source = shared(found, job)
     with written_aside(job.save) as aside:
         _save(description, source, found, aside, state)
@@ -165,9 +170,8 @@ def _prove(
     stored: StoredModel, found: HuggingFaceModel, job: ImportJob, state: ParallelState
 ) -> Verified:
     """Against the folder where it can be run as it is, else against an export of the result."""
-    config = folders.read_json(found.folder / folders.CONFIG)
-    if job.sharing is None and runs_here(config):
-        return verify(stored, found.folder, state)
+    if job.sharing is None and runs_here(found.config):
+        return compare(stored, found.folder, state)
     results: list[Verified] = []
     with tempfile.TemporaryDirectory(dir=job.save.parent) as scratch:
         again = ExportJob(save=Path(scratch) / "again", without_tokenizer=True)

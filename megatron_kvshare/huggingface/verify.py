@@ -3,7 +3,6 @@ description, every tensor bit by bit, and the logits of both on the same tokens.
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch
 from megatron_kvshare.checkpoint.stored import StoredModel, whole_model
 from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.errors import CheckpointError, Fault
-from megatron_kvshare.huggingface import export
 from megatron_kvshare.huggingface import folder as folders
+from megatron_kvshare.huggingface.own_code import CODE, is_present
 from megatron_kvshare.huggingface.settings import MODEL_TYPE, from_config
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.solver import solver_plan
@@ -61,7 +60,20 @@ class Verified:
 
 
 def verify(stored: StoredModel, folder: Path, state: ParallelState) -> Verified:
-    """Compare a checkpoint with a folder.
+    """Compare a checkpoint with a folder, of this version's own where it is one of ours.
+
+    Raises:
+        CheckpointError: they are not the same model; every difference found is named.
+    """
+    config = folders.read_json(folder / folders.CONFIG)
+    if config.get("model_type") == MODEL_TYPE:
+        _present_code(folder)
+    return compare(stored, folder, state)
+
+
+def compare(stored: StoredModel, folder: Path, state: ParallelState) -> Verified:
+    """The same, where the folder's modelling file may be that of an earlier version: this version's
+    is what runs.
 
     Raises:
         CheckpointError: they are not the same model; every difference found is named.
@@ -118,20 +130,16 @@ def _same_description(stored: StoredModel, folder: Path, config: Mapping[str, An
         for name, value in mine.items()
         if name != "tokenizer" and theirs.get(name) != value
     ]
-    if config.get("model_type") == MODEL_TYPE:
-        here = Path(export.__file__).parent
-        faults += [
-            Fault(
-                str(folder / name),
-                "changed",
-                "it is not the file this version exports",
-                "export again, or compare with the version that exported it",
-            )
-            for name in export.CODE
-            if not (folder / name).is_file() or not filecmp.cmp(folder / name, here / name, False)
-        ]
     if faults:
         raise CheckpointError(faults)
+
+
+def _present_code(folder: Path) -> None:
+    rule = "it is not the file this version exports"
+    fix = "export again, or compare with the version that exported it"
+    different = [folder / name for name in CODE if not is_present(folder / name)]
+    if different:
+        raise CheckpointError([Fault(str(file), "changed", rule, fix) for file in different])
 
 
 def _same_tensors(mine: TensorSource, theirs: TensorSource, folder: Path) -> int:

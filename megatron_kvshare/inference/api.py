@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -82,6 +83,8 @@ def load_model(path: str | Path, device: Literal["auto", "cpu"] = "auto") -> Loa
     source: TensorSource
     if (folder / CONFIG).is_file():
         found = open_folder(folder)
+        for doubt in found.doubts:
+            warnings.warn(doubt, stacklevel=2)
         description, source = found.description, found.weights
     else:
         stored = open_checkpoint(folder)

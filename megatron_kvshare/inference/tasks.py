@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.huggingface.folder import CONFIG, read_json
+from megatron_kvshare.huggingface.importing import open_folder
+from megatron_kvshare.huggingface.own_code import foreign_code, refuse_foreign_code
+from megatron_kvshare.huggingface.settings import MODEL_TYPE
+
+_FIX = "read that code, then give --trust-remote-code to run it"
 
 
-def run_tasks(
-    folder: Path, tasks: Sequence[str], task_path: str | None, limit: int | None
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class TasksJob:
+    """``task_path``: a folder of task files, which are code: lm-eval runs what they say.
+    ``trust_remote_code``: run code of the model's folder too."""
+
+    folder: Path
+    tasks: Sequence[str]
+    task_path: str | None = None
+    limit: int | None = None
+    trust_remote_code: bool = False
+
+
+def run_tasks(job: TasksJob) -> list[dict[str, Any]]:
     """Rows ``on, metric, value`` of every task, with standard errors.
 
-    The folder's own code is run, so it should be an export of yours. Nothing is fetched.
+    Exports are run by the modelling file of this package, whichever version wrote them. Nothing is
+    fetched.
 
     Raises:
-        ConfigError: lm-eval is not installed, or knows no such task.
+        ConfigError: lm-eval is not installed or knows no such task, or the folder has other code.
     """
+    if not job.trust_remote_code:
+        refuse_foreign_code(job.folder, _FIX)
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
         import lm_eval
@@ -27,25 +47,20 @@ def run_tasks(
     except ImportError as error:
         rule = "lm-eval is not installed"
         fix = "pip install 'megatron-kvshare[eval]'"
-        raise ConfigError(Fault("--tasks", " ".join(tasks), rule, fix)) from error
-    manager = TaskManager(include_path=task_path)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
+        raise ConfigError(Fault("--tasks", " ".join(job.tasks), rule, fix)) from error
+    manager = TaskManager(include_path=job.task_path)
+    unknown = [task for task in job.tasks if task not in manager.all_tasks]
     if unknown:
         rule = "lm-eval knows no such task"
         fix = "make them with tools/lm_eval_tasks.py and give its folder as --task-path"
         raise ConfigError(Fault("--tasks", " ".join(unknown), rule, fix))
-    model = {
-        "pretrained": str(folder),
-        "trust_remote_code": True,
-        "dtype": "float32",
-    }
     found = lm_eval.simple_evaluate(
         model="hf",
-        model_args=model,
-        tasks=list(tasks),
+        model_args=_model(job),
+        tasks=list(job.tasks),
         task_manager=manager,
-        limit=limit,
-        device="cpu" if not _has_gpu() else "cuda",
+        limit=job.limit,
+        device=_device(),
         bootstrap_iters=0,
     )
     return [
@@ -56,7 +71,31 @@ def run_tasks(
     ]
 
 
-def _has_gpu() -> bool:
+def _model(job: TasksJob) -> dict[str, Any]:
+    """What lm-eval's own model takes: the folder, or for an export the model and its tokenizer."""
+    is_export = read_json(job.folder / CONFIG).get("model_type") == MODEL_TYPE
+    foreign = job.trust_remote_code and bool(foreign_code(job.folder))
+    if foreign or not is_export:
+        trust = job.trust_remote_code
+        return {"pretrained": str(job.folder), "trust_remote_code": trust, "dtype": "float32"}
+    if "tokenizer.json" in open_folder(job.folder).missing:
+        rule, fix = "lm-eval needs its tokenizer", "export it again, with a tokenizer"
+        raise ConfigError(Fault(str(job.folder / "tokenizer.json"), "missing", rule, fix))
+    import torch
+    from transformers import AutoTokenizer
+
+    from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
+
+    model = KVShareForCausalLM.from_pretrained(
+        job.folder, dtype=torch.float32, local_files_only=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(
+        job.folder, trust_remote_code=False, local_files_only=True
+    )
+    return {"pretrained": model.to(_device()), "tokenizer": tokenizer}
+
+
+def _device() -> str:
     import torch
 
-    return torch.cuda.is_available()
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -52,10 +52,10 @@ def tasks() -> Path:
     return output
 
 
-def scores(folder: Path, tasks: Path, out: Path, limit: int) -> dict:
+def scores(folder: Path, tasks: Path, out: Path, limit: int, *flags: str) -> dict:
     packages = side_packages.install("lm-eval", "lm_eval==0.4.13", "accelerate", dependencies=True)
     names = [f"local_{task}" for task in TASKS]
-    arguments = ["--tasks", *names, "--task-path", str(tasks), "--limit", str(limit)]
+    arguments = ["--tasks", *names, "--task-path", str(tasks), "--limit", str(limit), *flags]
     command = ["-m", "megatron_kvshare", "evaluate", "--hf", str(folder), *arguments]
     side_packages.run(packages, *command, "--output", str(out))
     rows = json.loads((out / "results.json").read_text())["results"]
@@ -95,3 +95,20 @@ def test_a_standard_export_scores_as_the_original(workspace, tasks, tmp_path, si
     )
     first, second = (scores(tmp_path / f, tasks, tmp_path / f"s{f}", limit=8) for f in ("a", "b"))
     assert first == second
+
+
+def test_changed_code_runs_only_where_it_is_trusted(workspace, tasks, tmp_path, single):
+    made = workspace.bash("bash examples/prepare_corpus.sh")
+    tokenizer = workspace.folder / made.stdout.strip() / "tokenizer.model"
+    top = write_folder(
+        tmp_path / "top", build_map(8, "sandwich-top", 3), RECIPES["two-sweep"], WIDE
+    )
+    tokenized(top, tokenizer)
+    ours = scores(top, tasks, tmp_path / "ours", limit=2)
+    with (top / "modeling_kvshare.py").open("a") as code:
+        code.write(f"\nopen({str(tmp_path / 'executed')!r}, 'w').close()\n")
+    with pytest.raises(AssertionError, match="--trust-remote-code"):
+        scores(top, tasks, tmp_path / "refused", limit=2)
+    assert not (tmp_path / "executed").exists()
+    assert scores(top, tasks, tmp_path / "theirs", 2, "--trust-remote-code") == ours
+    assert (tmp_path / "executed").exists()
