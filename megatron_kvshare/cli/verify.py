@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +33,15 @@ def run(argv: Sequence[str]) -> int:
     )
     config = parse(VerifyConfig, argv, command)
     from megatron_kvshare.checkpoint.stored import open_checkpoint
+    from megatron_kvshare.huggingface.config_keys import doubts
+    from megatron_kvshare.huggingface.folder import CONFIG, read_json
     from megatron_kvshare.huggingface.verify import verify
     from megatron_kvshare.megatron_api import parallel
 
     stored = open_checkpoint(Path(config.load))
+    folder = Path(config.hf)
     with parallel.alone() as state:
-        print(verify(stored, Path(config.hf), state))
+        print(verify(stored, folder, state))
+    for doubt in doubts(read_json(folder / CONFIG)):
+        print(f"warning: {doubt}", file=sys.stderr)
     return 0

@@ -31,16 +31,18 @@ from megatron_kvshare.config.rules_model import sharing_map
 from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.data.tokenizers import HuggingFaceTokenizer
 from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.huggingface import config_keys
 from megatron_kvshare.huggingface import folder as folders
 from megatron_kvshare.huggingface.export import ExportJob, export, written_aside
 from megatron_kvshare.huggingface.kv_init import KVInit, SharedKVWeights
 from megatron_kvshare.huggingface.own_code import code_files, foreign_code, refuse_foreign_code
-from megatron_kvshare.huggingface.settings import MODEL_TYPE, from_config
+from megatron_kvshare.huggingface.settings import from_config
 from megatron_kvshare.huggingface.verify import (
     Verified,
     comparable,
     compare,
     runs_here,
+    same_logits,
     verify,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
@@ -98,6 +100,7 @@ def open_folder(folder: Path) -> HuggingFaceModel:
         missing.append("tokenizer.json")
     description = replace(description, model=model, tokenizer=fingerprint)
     doubts = [f"{code.where} names {code.value}, which is not run" for code in foreign_code(folder)]
+    doubts += config_keys.doubts(config)
     return HuggingFaceModel(folder, config, description, weights, tuple(missing), tuple(doubts))
 
 
@@ -123,7 +126,7 @@ def import_folder(found: HuggingFaceModel, job: ImportJob, state: ParallelState)
         CheckpointError, MapError: the folder is in the way, the map does not fit, the proof fails.
         ConfigError: an export comes with other code than ours.
     """
-    if found.config.get("model_type") == MODEL_TYPE:
+    if found.config.get("model_type") == config_keys.MODEL_TYPE:
         refuse_foreign_code(found.folder, "restore the files that were exported")
     description, source = shared(found, job)
     with written_aside(job.save) as aside:
@@ -169,9 +172,13 @@ def _settings(description: ModelDescription, found: HuggingFaceModel) -> dict:
 def _prove(
     stored: StoredModel, found: HuggingFaceModel, job: ImportJob, state: ParallelState
 ) -> Verified:
-    """Against the folder where it can be run as it is, else against an export of the result."""
-    if job.sharing is None and runs_here(found.config):
+    """Against the folder where it can be run as it is, else against an export of the result; the
+    model before it got another map, against the folder too."""
+    runs = runs_here(found.config)
+    if job.sharing is None and runs:
         return compare(stored, found.folder, state)
+    if runs:
+        same_logits(found.description, found.weights, found.folder, found.config, state)
     results: list[Verified] = []
     with tempfile.TemporaryDirectory(dir=job.save.parent) as scratch:
         again = ExportJob(save=Path(scratch) / "again", without_tokenizer=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,19 @@ import torch
 from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.errors import CheckpointError, Fault, MapError
+from megatron_kvshare.huggingface.config_keys import (
+    LCKV,
+    LLAMA,
+    MISTRAL,
+    MODEL_TYPE,
+    value_faults,
+)
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import Recipe, Solver, Start
 
-MODEL_TYPE = "kvshare"
+_MOST_LAYERS = 10_000
+"""More are a mistake, and would take minutes to lay out."""
 
 # Setting of ours -> key of config.json.
 _NUMBERS = {
@@ -40,7 +49,14 @@ _RECIPE = {
     "project_at_use": "iter_project_at_use",
 }
 _LLAMA_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-"""What a Llama-shaped model may say of itself, and the one value that is built here."""
+"""What an exported Llama says of itself."""
+_LEFT_OUT = {
+    MODEL_TYPE: {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    LLAMA: {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    MISTRAL: {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "num_key_value_heads": 8},
+    LCKV: {"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+}
+"""What each kind of model takes for a key that its file leaves out."""
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_kvshare.KVShareConfig",
@@ -127,41 +143,36 @@ class _Reader:
         self.config = config
         self.faults: list[Fault] = []
 
-    def fault(self, key: str, rule: str, fix: str) -> None:
+    def fault(self, key: str, rule: str, fix: str = "mend config.json") -> None:
         self.faults.append(Fault(f"config.json: {key}", self.config.get(key), rule, fix))
 
     def description(self) -> ModelDescription | None:
         kinds = {
             MODEL_TYPE: self._kvshare,
-            "llama": self._llama,
-            "mistral": self._mistral,
-            "lckv-llama": self._lckv,
+            LLAMA: self._llama,
+            MISTRAL: self._mistral,
+            LCKV: self._lckv,
         }
         kind = self.config.get("model_type")
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             rule = f"only {', '.join(kinds)} can be imported"
             self.fault("model_type", rule, "convert a model of one of these architectures")
             return None
+        self.config = {**_LEFT_OUT[kind], **self.config}
         if self.config.get("quantization_config"):
             rule = "the weights are quantised"
             self.fault("quantization_config", rule, "import the original weights, or dequantise")
-        for key, value in _LLAMA_ONLY.items():
-            if self.config.get(key, value) not in (value, None):
-                rule = f"the model here is built with {value!r} only"
-                self.fault(key, rule, "this model cannot be imported")
+        self.faults += value_faults(self.config)
         settings = self._numbers() | self._rope()
-        vocab_size = self._whole("vocab_size")
+        vocab_size, tied = self._whole("vocab_size"), self._switch("tie_word_embeddings")
         if self.faults:
             return None
         try:
-            sharing = kinds[kind](int(settings["num_layers"]))
+            sharing = kinds[kind](settings["num_layers"])
             model = ModelConfig(
                 **settings,
                 seq_length=settings["max_position_embeddings"],
-                untie_embeddings_and_output_weights=not self.config.get(
-                    "tie_word_embeddings", kind == MODEL_TYPE
-                ),
-                bf16=self.config.get("dtype", self.config.get("torch_dtype")) == "bfloat16",
+                untie_embeddings_and_output_weights=not tied,
             )
         except MapError as error:
             self.faults += error.faults
@@ -169,61 +180,127 @@ class _Reader:
         except ValueError as error:
             self.faults.append(Fault("config.json", str(error), "a value is not usable", "mend it"))
             return None
+        if self.faults:
+            return None
         return ModelDescription(model=model, vocab_size=vocab_size, **sharing)
 
-    def _whole(self, key: str) -> int:
+    def _whole(self, key: str, least: int = 1, most: int | None = None) -> int:
         value = self.config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.fault(key, "it must be a whole number above 0", "mend config.json")
-            return 1
+        if not _is_whole(value) or value < least or (most is not None and value > most):
+            limit = "" if most is None else f" and at most {most:,}"
+            self.fault(key, f"it must be a whole number above {least - 1}{limit}")
+            return least
         return value
 
+    def _switch(self, key: str) -> bool:
+        value = self.config.get(key)
+        if not isinstance(value, bool):
+            self.fault(key, "it must be true or false")
+        return bool(value)
+
+    def _layers(self, key: str) -> tuple[int, ...]:
+        """A list of layer numbers."""
+        value = self.config.get(key) or []
+        if not isinstance(value, list) or not all(map(_is_whole, value)):
+            self.fault(key, "it must be a list of layer numbers")
+            return ()
+        return tuple(value)
+
     def _numbers(self) -> dict[str, Any]:
-        whole = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-        heads = {key: self._whole(key) for key in (*whole, "max_position_embeddings")}
-        config = {**self.config, **heads}
-        if config.get("num_key_value_heads") is None:
-            config["num_key_value_heads"] = heads["num_attention_heads"]
-        if config.get("head_dim") is None:
-            config["head_dim"] = heads["hidden_size"] // heads["num_attention_heads"]
-        usual = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
-        values = {ours: config.get(key, usual.get(key)) for ours, key in _NUMBERS.items()}
-        if heads["num_attention_heads"] % (values["num_query_groups"] or 1):
-            rule = f"it must divide num_attention_heads {heads['num_attention_heads']}"
-            self.fault("num_key_value_heads", rule, "mend config.json")
+        heads = self._whole("num_attention_heads")
+        values: dict[str, Any] = {
+            "num_layers": self._whole("num_hidden_layers", most=_MOST_LAYERS),
+            "num_attention_heads": heads,
+            "norm_epsilon": self._number("rms_norm_eps"),
+        }
+        for ours in ("hidden_size", "ffn_hidden_size", "max_position_embeddings"):
+            values[ours] = self._whole(_NUMBERS[ours])
+        for ours, usual in (
+            ("num_query_groups", heads),
+            ("kv_channels", values["hidden_size"] // heads),
+        ):
+            given = self.config.get(_NUMBERS[ours]) is not None
+            values[ours] = self._whole(_NUMBERS[ours]) if given else usual
+        if self.config.get("initializer_range") is not None:
+            values["init_method_std"] = self._number("initializer_range", zero=True)
+        if heads % values["num_query_groups"]:
+            self.fault("num_key_value_heads", f"it must divide num_attention_heads {heads}")
+        if values["kv_channels"] % 2 or not values["kv_channels"]:
+            self.fault("head_dim", "the width of a head must be even, for the rotary embedding")
         return values
 
+    def _number(self, key: str, zero: bool = False) -> float:
+        value = self.config.get(key)
+        if not _is_number(value) or value < 0 or (value == 0 and not zero):
+            self.fault(key, f"it must be a number {'from' if zero else 'above'} 0")
+            return 1.0
+        return float(value)
+
     def _rope(self) -> dict[str, Any]:
-        rope = dict(self.config.get("rope_parameters") or self.config.get("rope_scaling") or {})
-        base = rope.get("rope_theta", self.config.get("rope_theta", 10000.0))
+        """As transformers reads it: ``rope_scaling`` is the earlier name of ``rope_parameters``."""
+        given = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            value = self.config.get(key)
+            if isinstance(value, dict) and value:
+                given[key] = value
+            elif value not in (None, {}):
+                self.fault(key, "it must hold an object")
+        if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
+            self.fault(
+                "rope_scaling", f"rope_parameters says otherwise: {given['rope_parameters']}"
+            )
+        rope = {"rope_theta": self.config.get("rope_theta", 10000.0)}
+        rope |= next(iter(given.values()), {})
+        where = next(iter(given), "rope_theta")
+        numbers = {key: rope[key] for key in ("rope_theta", *_LLAMA3.values()) if key in rope}
+        for key, value in numbers.items():
+            if not _is_number(value) or value <= 0:
+                self.fault(where, f"{key} must be a number above 0, not {value!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            self.fault("rope_parameters", "heads are rotated whole here", "it cannot be imported")
+        if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+            self.fault(where, "heads are rotated whole here", "it cannot be imported")
         if kind == "default":
-            return {"rotary_base": base}
+            return {"rotary_base": numbers["rope_theta"]}
         missing = [key for key in _LLAMA3.values() if key not in rope]
         if kind != "llama3" or missing:
             rule = f"only default and complete llama3 scaling are known (missing: {missing})"
-            self.fault("rope_scaling", rule, "this model cannot be imported")
+            self.fault(where, rule, "this model cannot be imported")
             return {}
         scaling = {ours: rope[key] for ours, key in _LLAMA3.items()}
-        return {"rotary_base": base, "use_rope_scaling": True, **scaling}
+        return {"rotary_base": numbers["rope_theta"], "use_rope_scaling": True, **scaling}
 
     def _kvshare(self, layers: int) -> dict[str, Any]:
-        sources = self.config.get("kv_source_layers") or []
-        on = set(self.config.get("kv_windowed_layers") or ())
+        on = self._layers("kv_windowed_layers")
+        if not set(on) <= set(range(layers)):
+            self.fault("kv_windowed_layers", f"layers are 0 to {layers - 1}")
+        sources = self._layers("kv_source_layers")
         windowed = tuple(layer in on for layer in range(len(sources)))
-        map = self._of_depth(SharingMap(tuple(sources), windowed), layers, "kv_source_layers")
-        stride = self.config.get("iter_stride", 1)
-        recipe = Recipe(
+        map = self._of_depth(SharingMap(sources, windowed), layers, "kv_source_layers")
+        recipe = self._recipe()
+        window = None
+        if self.config.get("kv_window_size") is not None:
+            window = self._whole("kv_window_size")
+        elif on:
+            self.fault("kv_window_size", "kv_windowed_layers needs it")
+        if map.is_cyclic and self.config.get("kv_prefill", "trained") != "trained":
+            rule = "prompts are computed as in training here"
+            fix = 'set it to "trained"; it can be chosen anew in from_pretrained'
+            self.fault("kv_prefill", rule, fix)
+        return {"map": map, "recipe": recipe, "window_size": window if on else None}
+
+    def _recipe(self) -> Recipe:
+        usual = {"iter_forward_passes": 7, "iter_backward_passes": 2, "iter_stride": 1}
+        usual |= {"iter_project_at_use": False, "iter_start": "zero"}
+        self.config = {**usual, **self.config}
+        stride = self._whole("iter_stride", least=0)
+        sweeps = {ours: self._whole(key, least=0) for ours, key in list(_RECIPE.items())[:2]}
+        return Recipe(
             solver=Solver.JACOBI if stride == 1 else Solver.STRIDED,
             stride=stride,
-            start=Start(self.config.get("iter_start", "zero")),
-            **{ours: self.config[key] for ours, key in _RECIPE.items() if key in self.config},
+            start=Start(self.config["iter_start"]),
+            project_at_use=self._switch("iter_project_at_use"),
+            **sweeps,
         )
-        if on and not self.config.get("kv_window_size"):
-            self.fault("kv_window_size", "kv_windowed_layers needs it", "mend config.json")
-        return {"map": map, "recipe": recipe, "window_size": self.config.get("kv_window_size")}
 
     def _of_depth(self, map: SharingMap, layers: int, key: str) -> SharingMap:
         if map.num_layers != layers:
@@ -232,22 +309,49 @@ class _Reader:
         return map
 
     def _llama(self, layers: int) -> dict[str, Any]:
+        hidden, heads = self.config["hidden_size"], self.config["num_attention_heads"]
+        if hidden % heads:
+            self.fault("hidden_size", f"a Llama's must be a multiple of its {heads} heads")
         return {"map": build_map(layers, "standard")}
 
     def _mistral(self, layers: int) -> dict[str, Any]:
-        """All layers have the window, or none; newer files also list the kind of every layer."""
-        window = self.config.get("sliding_window", 4096)  # what transformers takes, left out
-        kinds = self.config.get("layer_types") or ["sliding_attention"] * layers
-        on = tuple(bool(window) and kind == "sliding_attention" for kind in kinds)
-        map = self._of_depth(SharingMap(tuple(range(len(on))), on), layers, "layer_types")
-        return {"map": map, "window_size": window if any(on) else None}
+        """All layers have the window, or none."""
+        self.config = {"sliding_window": 4096, **self.config}  # what transformers takes, left out
+        window = None
+        if self.config["sliding_window"] is not None:
+            window = self._whole("sliding_window")
+        kinds = self.config.get("layer_types")
+        one = "full_attention" if window is None else "sliding_attention"
+        if kinds is not None and kinds != [one] * layers:
+            rule = f"transformers' Mistral does not read it; with this sliding_window it is {one}"
+            self.fault("layer_types", rule, f"write {one} for each of the {layers} layers")
+        map = SharingMap(tuple(range(layers)), (window is not None,) * layers)
+        return {"map": map, "window_size": window}
 
     def _lckv(self, layers: int) -> dict[str, Any]:
         """Published checkpoints of the method: the map is a string, as in --kv-map."""
-        notation = self.config.get("layer_types") or "_".join(map(str, range(layers)))
+        usual = {"sliding_window": 4096, "forward_passes": 7, "backward_passes": 2}
+        self.config = {**usual, **self.config}
+        notation = self.config.get("layer_types")
+        if notation is None:
+            notation = "_".join(map(str, range(layers)))
+        if not isinstance(notation, str):
+            rule = "it must name the source of every layer, as 0_2_2_3"
+            raise MapError(Fault("config.json: layer_types", notation, rule, "mend config.json"))
         map_ = self._of_depth(SharingMap.parse(notation), layers, "layer_types")
-        theirs = {f"{kind}_sweeps": f"{kind}_passes" for kind in ("forward", "backward")}
-        sweeps = {ours: self.config.get(key) for ours, key in theirs.items()}
-        recipe = Recipe(**{ours: value for ours, value in sweeps.items() if value is not None})
-        window = self.config.get("sliding_window") if any(map_.windowed) else None
-        return {"map": map_, "recipe": recipe, "window_size": window}
+        kinds = ("forward", "backward")
+        sweeps = {f"{kind}_sweeps": self._whole(f"{kind}_passes", least=0) for kind in kinds}
+        window = None
+        if any(map_.windowed) and self.config["sliding_window"] is not None:
+            window = self._whole("sliding_window")
+        elif any(map_.windowed):  # their code then leaves the windows out
+            map_ = SharingMap(map_.sources, (False,) * layers)
+        return {"map": map_, "recipe": Recipe(**sweeps), "window_size": window}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,18 +4,21 @@ description, every tensor bit by bit, and the logits of both on the same tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.stored import StoredModel, whole_model
 from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.huggingface import folder as folders
+from megatron_kvshare.huggingface.config_keys import LLAMA, MISTRAL, MODEL_TYPE
 from megatron_kvshare.huggingface.own_code import CODE, is_present
-from megatron_kvshare.huggingface.settings import MODEL_TYPE, from_config
+from megatron_kvshare.huggingface.settings import from_config
+from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.solver import solver_plan
 from megatron_kvshare.sharing.weights import EMBEDDING, HEAD
@@ -27,6 +30,8 @@ SENSITIVE_LIMIT = 1e-3
 and never more than this. Keys and values averaged over many layers make such models (30 layers,
 pizza-bottom from a pretrained model: 2e-5, whichever of the two programs computes it)."""
 BATCH, LENGTH = 2, 64
+_WINDOWS = {MODEL_TYPE: "kv_window_size", MISTRAL: "sliding_window"}
+"""Where config.json says how wide the windows are."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +89,33 @@ def compare(stored: StoredModel, folder: Path, state: ParallelState) -> Verified
     count = _same_tensors(stored.weights, comparable(weights, stored.description.weights), folder)
     difference = None
     if runs_here(config):
-        difference = logit_difference(stored, folder, config, state)
-        if not difference.value <= difference.limit:
-            rule = f"fp32 logits may differ by {difference.limit:.0e} of the largest"
-            fix = "convert again; if it stays, report it with both config.json and kvshare.json"
-            raise CheckpointError(Fault(str(folder), f"{difference.value:.2e}", rule, fix))
+        difference = same_logits(stored.description, stored.weights, folder, config, state)
     return Verified(count, difference)
+
+
+def same_logits(
+    description: ModelDescription,
+    weights: TensorSource,
+    folder: Path,
+    config: Mapping[str, Any],
+    state: ParallelState,
+) -> LogitDifference:
+    """Run both models.
+
+    Raises:
+        CheckpointError: they differ by more than rounding, or the folder's cannot be run.
+    """
+    difference = logit_difference(description, weights, folder, config, state)
+    if not difference.value <= difference.limit:
+        rule = f"fp32 logits may differ by {difference.limit:.0e} of the largest"
+        fix = "convert again; if it stays, report it with both config.json and kvshare.json"
+        raise CheckpointError(Fault(str(folder), f"{difference.value:.2e}", rule, fix))
+    return difference
 
 
 def runs_here(config: Mapping[str, Any]) -> bool:
     """Whether there is code for the folder's model: ours or that of transformers itself."""
-    return config.get("model_type") in (MODEL_TYPE, "llama", "mistral")
+    return config.get("model_type") in (MODEL_TYPE, LLAMA, MISTRAL)
 
 
 def comparable(
@@ -161,16 +182,25 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def logit_difference(
-    stored: StoredModel, folder: Path, config: Mapping[str, Any], state: ParallelState
+    description: ModelDescription,
+    weights: TensorSource,
+    folder: Path,
+    config: Mapping[str, Any],
+    state: ParallelState,
 ) -> LogitDifference:
-    """The same random tokens through both models."""
+    """The same random tokens through both models; windows, whose width the descriptions agree on,
+    are narrowed for both where the tokens would not reach their end."""
     generator = torch.Generator().manual_seed(0)
-    length = min(LENGTH, stored.description.model.max_positions)
-    size = (BATCH, length)
-    tokens = torch.randint(stored.description.vocab_size, size, generator=generator)
-    theirs = _logits(folder, config, tokens)
-    model = whole_model(stored.description, stored.weights, state)
-    plan = solver_plan(stored.description.map, stored.description.recipe.for_length(length))
+    length = min(LENGTH, description.model.max_positions)
+    tokens = torch.randint(description.vocab_size, (BATCH, length), generator=generator)
+    narrow: dict[str, int] = {}
+    if description.window_size is not None and any(description.map.windowed):
+        window = min(description.window_size, max(length // 4, 1))
+        description = replace(description, window_size=window)
+        narrow = {_WINDOWS[config["model_type"]]: window}
+    theirs = _logits(folder, config, narrow, tokens)
+    model = whole_model(description, weights, state)
+    plan = solver_plan(description.map, description.recipe.for_length(length))
 
     def run() -> torch.Tensor:
         logits = model(tokens.to(state.platform.device), plan=plan).value
@@ -194,7 +224,9 @@ def _turn_last_bits(weight: torch.Tensor, generator: torch.Generator) -> None:
     weight.mul_(1 + turns * torch.finfo(torch.float32).eps)
 
 
-def _logits(folder: Path, config: Mapping[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+def _logits(
+    folder: Path, config: Mapping[str, Any], changes: Mapping[str, int], tokens: torch.Tensor
+) -> torch.Tensor:
     """By the modelling file of this package, which the folder's was compared with, or by
     transformers' own: no code of the folder runs."""
     from transformers import LlamaForCausalLM, MistralForCausalLM
@@ -204,11 +236,17 @@ def _logits(folder: Path, config: Mapping[str, Any], tokens: torch.Tensor) -> to
 
     classes = {
         MODEL_TYPE: KVShareForCausalLM,
-        "llama": LlamaForCausalLM,
-        "mistral": MistralForCausalLM,
+        LLAMA: LlamaForCausalLM,
+        MISTRAL: MistralForCausalLM,
     }
     logging.disable_progress_bar()
-    model = classes[config["model_type"]].from_pretrained(
-        folder, attn_implementation="sdpa", dtype=torch.float32, local_files_only=True
-    )
+    usual = {"attn_implementation": "sdpa", "dtype": torch.float32, "local_files_only": True}
+    try:
+        model = classes[config["model_type"]].from_pretrained(folder, **usual, **changes)
+    except Exception as error:  # it raises nearly anything for a file that it cannot use
+        if shortage(error):
+            raise
+        rule = f"transformers cannot load it: {error}"
+        fix = "mend config.json; the same has to load there"
+        raise CheckpointError(Fault(str(folder), type(error).__name__, rule, fix)) from error
     return model.eval()(tokens, use_cache=False).logits

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.huggingface.config_keys import MODEL_TYPE
 from megatron_kvshare.huggingface.folder import CONFIG, read_json
 from megatron_kvshare.huggingface.importing import open_folder
 from megatron_kvshare.huggingface.own_code import foreign_code, refuse_foreign_code
-from megatron_kvshare.huggingface.settings import MODEL_TYPE
 
 _FIX = "read that code, then give --trust-remote-code to run it"
 

@@ -120,7 +120,11 @@ FOLDERS: dict[str, tuple[str, Change, str]] = {
     "layers as text": ("llama", config(num_hidden_layers="8"), "whole number"),
     "no layers": ("llama", config(num_hidden_layers=0), "whole number above 0"),
     "kv heads do not divide": ("llama", config(num_key_value_heads=3), "must divide"),
-    "a negative epsilon": ("llama", config(rms_norm_eps=-1.0), "norm_epsilon"),
+    "a negative epsilon": (
+        "llama",
+        config(rms_norm_eps=-1.0),
+        "rms_norm_eps = -1.0: it must be a number above 0",
+    ),
     "map of another depth": ("kvshare", config(kv_source_layers=[0, 1]), "has 8"),
     "no map": ("kvshare", config(kv_source_layers=[]), "at least one layer"),
     "map reads a consumer": (
