@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.sa
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float32}
 """As which type a stored one is read: there is no training in fp16, and fp32 holds it exactly."""
 MAX_SHARD_BYTES = 5 * 10**9
+_OF_A_RANK = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_SHOWN = 8
+"""Tensors that are not where the index says, named in one message; the others are counted."""
 
 
 def broken(path: Path, value: object, rule: str, fix: str) -> CheckpointError:
@@ -30,7 +34,7 @@ def broken(path: Path, value: object, rule: str, fix: str) -> CheckpointError:
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file. Raises :class:`CheckpointError`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError as error:
         fix = "give a folder written by save_pretrained or by `kvshare convert to-hf`"
         raise broken(path, "missing", "the folder has no such file", fix) from error
@@ -41,41 +45,92 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once: of two, readers take the one or the other."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"the key {', '.join(twice)} is there twice")
+    return content
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class HuggingFaceWeights:
-    """The tensors of a folder; every shard is opened, none is read before it is asked for.
+    """The tensors of a folder, from the files that transformers takes: ``model.safetensors``, else
+    the shards of the index. Every file is opened, no tensor is read before it is asked for.
+
+    ``unread``: weights beside them that neither reads.
 
     Raises:
-        CheckpointError: a shard is missing or damaged, or the index does not fit the shards.
+        CheckpointError: a file is missing or damaged, or the index does not fit the shards.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._shard_of: dict[str, Path] = {}
-        listed = self._listed()
-        for shard in dict.fromkeys(listed.values()) if listed else [SINGLE]:
-            self._open(folder / shard)
-        astray = [name for name, shard in listed.items() if self._where(name) != shard]
-        if astray:
-            rule = f"{len(astray)} tensors are not where it says, {astray[0]} among them"
-            raise broken(folder / INDEX, len(listed), rule, "download index and shards again")
+        self._refuse_others()
+        indexed = (folder / INDEX).is_file() and not (folder / SINGLE).is_file()
+        if indexed:
+            self._open_shards()
+        else:
+            self._open(folder / SINGLE)
+        beside = {path.name for path in folder.glob("model*.safetensors*")}
+        read = {INDEX if indexed else SINGLE, *(path.name for path in self._shard_of.values())}
+        self.unread = tuple(sorted(beside - read))
+
+    def _refuse_others(self) -> None:
+        """Weights that transformers would take besides, or instead."""
+        adapter = self.folder / "adapter_config.json"
+        if adapter.exists():
+            rule = "transformers adds an adapter to the weights; here it would be left out"
+            raise broken(adapter, "an adapter", rule, "merge it (merge_and_unload) and save that")
+        for path in sorted(self.folder.glob("shard-*-model-*-of-*.safetensors")):
+            if _OF_A_RANK.fullmatch(path.name):
+                rule = (
+                    "transformers takes such files of several ranks first; they are not read here"
+                )
+                raise broken(path, "of a rank", rule, "save the whole model (save_pretrained)")
+
+    def _open_shards(self) -> None:
+        listed, index = self._listed(), self.folder / INDEX
+        for shard in dict.fromkeys(listed.values()):
+            self._open(self.folder / shard)
+        fix = "download index and shards again"
+        faults = [
+            Fault(f"{index}: {name}", shard, "it is not where it says: not in this file", fix)
+            for name, shard in listed.items()
+            if self._shard_of.get(name) != self.folder / shard
+        ]
+        faults += [
+            Fault(f"{index}: {name}", None, f"{shard.name} has this tensor, the index not", fix)
+            for name, shard in self._shard_of.items()
+            if name not in listed
+        ]
+        if len(faults) > _SHOWN:
+            rule = f"{len(faults) - _SHOWN} more tensors are not where it says"
+            faults[_SHOWN:] = [Fault(str(index), len(listed), rule, fix)]
+        if faults:
+            raise CheckpointError(faults)
 
     def _listed(self) -> dict[str, str]:
-        if not (self.folder / INDEX).is_file():
-            return {}
-        listed = read_json(self.folder / INDEX).get("weight_map")
+        path = self.folder / INDEX
+        listed = read_json(path).get("weight_map")
         if not isinstance(listed, dict) or not listed:
-            rule = "it must hold a weight_map"
-            raise broken(self.folder / INDEX, listed, rule, "download it again")
+            raise broken(path, listed, "it must hold a weight_map", "download it again")
+        rule = "a tensor lies in a .safetensors file of this folder"
+        faults = [
+            Fault(f"{path}: {name}", shard, rule, "download it again")
+            for name, shard in listed.items()
+            if not _is_inside(shard)
+        ]
+        if faults:
+            raise CheckpointError(faults[:_SHOWN])
         return listed
-
-    def _where(self, name: str) -> str | None:
-        shard = self._shard_of.get(name)
-        return None if shard is None else shard.name
 
     def _open(self, shard: Path) -> None:
         if not shard.is_file():
@@ -95,6 +150,9 @@ class HuggingFaceWeights:
                         rule = f"tensor {name} has the type {part.get_dtype()}"
                         fix = f"save it in one of {', '.join(_DTYPES)}"
                         raise broken(shard, part.get_dtype(), rule, fix)
+                    if name in self.tensors:
+                        rule = f"tensor {name} is in {self._shard_of[name].name} too"
+                        raise broken(shard, name, rule, "download index and shards again")
                     self.tensors[name] = TensorInfo(tuple(part.get_shape()), dtype)
                     self._shard_of[name] = shard
         except (SafetensorError, OSError, struct.error) as error:
@@ -110,6 +168,14 @@ class HuggingFaceWeights:
         except (SafetensorError, OSError) as error:
             where = self._shard_of[name]
             raise broken(where, str(error), "it is damaged", "download it again") from error
+
+
+def _is_inside(shard: object) -> bool:
+    """Whether the path that an index gives stays in its folder."""
+    if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+        return False
+    path = PurePosixPath(shard)
+    return not path.is_absolute() and ".." not in path.parts and not {"\0", "\\"} & set(shard)
 
 
 def write_weights(

@@ -101,6 +101,9 @@ def open_folder(folder: Path) -> HuggingFaceModel:
     description = replace(description, model=model, tokenizer=fingerprint)
     doubts = [f"{code.where} names {code.value}, which is not run" for code in foreign_code(folder)]
     doubts += config_keys.doubts(config)
+    doubts += [
+        f"{folder / name} is not read: transformers does not either" for name in weights.unread
+    ]
     return HuggingFaceModel(folder, config, description, weights, tuple(missing), tuple(doubts))
 
 
