@@ -5,10 +5,62 @@ This file travels with every exported model and needs nothing but transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+_BUILT_IN = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "pretraining_tp": 1,
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "tie_last_hidden_states": None,
+    "sliding_window": None,
+    "layer_types": None,
+    "pruned_heads": {},
+    "torchscript": False,
+}
+"""Settings of Llama and of all models, and the one value of each that is computed here."""
+
+_OLDER_ROPE = (
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise ValueError("config.json of a kvshare model: " + "; ".join(faults))
+
+
+def _one_rope(
+    given: Mapping[str, Any] | None, older: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """``rope_parameters`` of themselves and of what older files say beside them; contradictions."""
+    rope = dict(given or {})
+    beside = {name: value for name, value in older.items() if value is not None}
+    beside |= dict(beside.pop("rope_scaling", {}))
+    for names in (rope, beside):
+        if "type" in names:
+            names.setdefault("rope_type", names.pop("type"))
+    faults = [
+        f"{name} is {rope[name]!r} in rope_parameters and {value!r} beside them"
+        for name, value in beside.items()
+        if rope.get(name, value) != value
+    ]
+    usual = {"rope_type": "default", "rope_theta": 10000.0}
+    return {**usual, **beside, **rope}, faults
 
 
 class KVShareConfig(PretrainedConfig):
@@ -30,6 +82,9 @@ class KVShareConfig(PretrainedConfig):
       (``converged``), or sweeps until nothing moves (``exact``).
 
     ``kv_windowed_layers`` see the last ``kv_window_size`` tokens only, the token itself counted.
+
+    ``rope_parameters`` are those of transformers' Llama; ``rope_scaling`` and ``rope_theta``, their
+    older form, are taken too. Any other setting of Llama must have the value that is built in here.
     """
 
     model_type = "kvshare"
@@ -59,6 +114,7 @@ class KVShareConfig(PretrainedConfig):
         iter_project_at_use: bool = False,
         kv_prefill: str = "trained",
         tie_word_embeddings: bool = True,
+        pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -70,7 +126,8 @@ class KVShareConfig(PretrainedConfig):
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        older = {name: kwargs.pop(name, None) for name in _OLDER_ROPE}
+        self.rope_parameters, faults = _one_rope(rope_parameters, older)
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.kv_source_layers = list(kv_source_layers or range(num_hidden_layers))
@@ -82,10 +139,69 @@ class KVShareConfig(PretrainedConfig):
         self.iter_start = iter_start
         self.iter_project_at_use = iter_project_at_use
         self.kv_prefill = kv_prefill
-        faults = self._faults()
-        if faults:
-            raise ValueError("config.json of a kvshare model: " + "; ".join(faults))
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        faults += [*self._faults(), *self._foreign(kwargs), *self._rope_faults()]
+        _refuse(faults)
+        tokens = {"tie_word_embeddings": tie_word_embeddings, "pad_token_id": pad_token_id}
+        super().__init__(**tokens, **kwargs)
+
+    def check(self) -> None:
+        """Refuse what has been set since: a :class:`ValueError` with everything that is wrong."""
+        _refuse([*self._faults(), *self._foreign({})])
+
+    def rotary_llama(self) -> LlamaConfig:
+        """A Llama with the same rotary embedding, as this version of transformers describes it."""
+        _refuse(self._rope_faults())
+        return self._rotary_llama()
+
+    def _rotary_llama(self) -> LlamaConfig:
+        rope = dict(self.rope_parameters)
+        theta, name = rope.pop("rope_theta"), "original_max_position_embeddings"
+        # Before transformers 5 longrope looks for it beside the other parameters.
+        beside = {name: rope[name]} if rope["rope_type"] == "longrope" and name in rope else {}
+        return LlamaConfig(
+            hidden_size=self.num_attention_heads * self.head_dim,
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=theta,
+            rope_scaling=None if rope["rope_type"] == "default" else rope,
+            **beside,
+        )
+
+    def _rope_faults(self) -> list[str]:
+        rope, kinds = self.rope_parameters, ("default", *ROPE_INIT_FUNCTIONS)
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            return [
+                "rope_parameters differ between kinds of layers, but all are rotated alike here"
+            ]
+        kind, theta = rope.get("rope_type"), rope.get("rope_theta")
+        faults = [] if kind in kinds else [f"rope_type is {kind!r}, not one of {kinds}"]
+        if not isinstance(theta, int | float) or theta <= 0:
+            faults.append(f"rope_theta is {theta!r}, not a number above 0")
+        if kind != "proportional" and rope.get("partial_rotary_factor") not in (None, 1.0):
+            factor = rope["partial_rotary_factor"]
+            faults.append(f"partial_rotary_factor is {factor!r}, but heads are rotated whole here")
+        if faults or kind == "default":
+            return faults
+        try:
+            llama = self._rotary_llama()
+            for length in (None, 2**31):
+                ROPE_INIT_FUNCTIONS[kind](llama, seq_len=length)
+        except Exception as error:  # whatever this version of transformers finds wrong
+            return [f"rope_parameters of {kind!r} are not usable: {type(error).__name__}: {error}"]
+        return []
+
+    def _foreign(self, given: Mapping[str, Any]) -> list[str]:
+        """Settings that are not those built in; ``given`` ones are not attributes yet."""
+        values = {name: given.get(name, getattr(self, name, None)) for name in _BUILT_IN}
+        faults = [
+            f"{name} is {value!r}, but this model is built with {_BUILT_IN[name]!r} only"
+            for name, value in values.items()
+            if value is not None and value != _BUILT_IN[name]
+        ]
+        if given.get("per_layer_config") or getattr(self, "is_heterogeneous", False):
+            faults.append("per_layer_config is given, but all layers have one shape here")
+        return faults
 
     def _faults(self) -> list[str]:
         sources, count = self.kv_source_layers, self.num_hidden_layers

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .configuration_kvshare import KVShareConfig
 
@@ -38,7 +40,8 @@ class Visible(NamedTuple):
 
     ``mask``: ``[b or 1, 1, s, t]``, True = seen; None = every earlier key and the token's own.
     ``blind``: ``[b or 1, s]``, queries that see nothing and attend to nothing. ``strict``,
-    ``window`` and ``padding`` ``[b, t]`` say the same to attention functions that take no mask.
+    ``window``, ``padding`` ``[b, t]`` and ``document`` ``[b, t]`` (the number of each token's own)
+    say the same to attention functions that take no mask.
     """
 
     mask: torch.Tensor | None = None
@@ -46,6 +49,7 @@ class Visible(NamedTuple):
     strict: bool = False
     window: int | None = None
     padding: torch.Tensor | None = None
+    document: torch.Tensor | None = None
 
 
 class Rows(NamedTuple):
@@ -57,42 +61,72 @@ class Rows(NamedTuple):
     sin: torch.Tensor
 
 
+class Documents(NamedTuple):
+    """Documents packed into rows, laid out so that each begins a multiple of the stride after the
+    first: its token subsets are those of the document alone. What fills up a document repeats its
+    last token, after all that is real. ``order`` and ``number`` (of the document): ``[b, laid out
+    tokens]``; ``place`` (of every given token) and ``position`` (in its document): ``[b, s]``."""
+
+    order: torch.Tensor
+    number: torch.Tensor
+    place: torch.Tensor
+    position: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, starts: torch.Tensor, stride: int) -> Documents:
+        """Of ``starts`` ``[b, s]``, True where a document begins."""
+        given = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
+        position = given - torch.where(starts, given, 0).cummax(-1).values
+        fillers = torch.where(starts, -F.pad(position + 1, (1, -1)) % stride, 0)
+        place = given + fillers.cumsum(-1)
+        order = starts.new_zeros((len(starts), int(place.max()) + 1), dtype=torch.long)
+        order = order.scatter(1, place, given).cummax(-1).values
+        number = starts.long().cumsum(-1).gather(1, order)
+        return cls(order, number, place, position, int(position.max()) + 1)
+
+
 class NewTokens:
     """The tokens of one forward: their rotary tables, and what they may see of each other and of
     ``past`` tokens in the cache. Made anew for every forward and passed along."""
 
     def __init__(
         self,
-        config: KVShareConfig,
+        model: KVShareModel,
         embeddings: torch.Tensor,
         past: int,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        real: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        documents: Documents | None,
     ) -> None:
-        self.config = config
-        self.length = embeddings.shape[1]
+        self.config = model.config
+        self.length = self.longest = embeddings.shape[1]
         self.past = past
         self.device = embeddings.device
         self.padding: torch.Tensor | None = None
         self.order: torch.Tensor | None = None
-        real = None
-        if attention_mask is not None and not bool(attention_mask.bool().all()):
-            if attention_mask.dim() != 2:
-                raise ValueError("attention_mask must be [batch, tokens], 1 for real tokens")
-            real = attention_mask.bool()
-        positions = position_ids
-        if positions is None:
+        self.place: torch.Tensor | None = None
+        self.document: torch.Tensor | None = None
+        if positions is None and documents is not None:
+            positions = documents.position
+        elif positions is None:
             positions = torch.arange(past, past + self.length, device=self.device)[None]
             if real is not None:
                 positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        if real is not None and past:
+        if documents is not None:
+            self.document, self.longest = documents.number, documents.longest
+            self.order, self.place = documents.order, documents.place
+            self.length = self.order.shape[1]
+        elif real is not None and past:
             self.padding = real
         elif real is not None:
             # Real tokens first: padding is then where no real token looks, and subsets of tokens
             # are those of the sequence without padding.
             self.order = (~real).long().argsort(dim=-1, stable=True)
-            positions = positions.expand(real.shape).gather(1, self.order)
-        self.cos, self.sin = rotary_tables(config, positions, embeddings.dtype)
+            self.place = self.order.argsort(-1)
+        if self.order is not None:
+            positions = positions.expand(len(self.order), -1).gather(1, self.order)
+        self.cos, self.sin = model.rotary.tables(positions, embeddings.dtype)
         self._seen: dict[tuple[Any, ...], Visible | None] = {}
 
     def real_first(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -101,7 +135,7 @@ class NewTokens:
 
     def as_given(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Tokens, along ``dim``, in the order they came in."""
-        return x if self.order is None else _take(x, self.order.argsort(-1), dim)
+        return x if self.place is None else _take(x, self.place, dim)
 
     def rows(self, offset: int = 0, stride: int = 1) -> Rows:
         subset = (..., slice(offset, None, stride), slice(None))
@@ -133,6 +167,9 @@ class NewTokens:
         if known is not None:
             seen = seen & ((key < self.past) | ((key - self.past) % rows.stride < known))
         seen = seen[None]
+        if self.document is not None:
+            own = self.document[:, rows.offset :: rows.stride]
+            seen = seen & (own[:, :, None] == self.document[:, None, :])
         padding = None if self.padding is None else self.padding[:, :keys]
         if padding is not None:
             padding = F.pad(padding, (0, keys - padding.shape[1]))
@@ -143,7 +180,8 @@ class NewTokens:
         if bool(blind.all()):
             return None
         mask = (seen | blind[..., None])[:, None]
-        return Visible(mask, blind if bool(blind.any()) else None, strict, window, padding)
+        blind = blind if bool(blind.any()) else None
+        return Visible(mask, blind, strict, window, padding, self.document)
 
     def _needs_mask(self, seen: torch.Tensor, rows: Rows, strict: bool) -> bool:
         """Without one, a single query sees all keys, and as many queries as keys see causally."""
@@ -153,6 +191,14 @@ class NewTokens:
         return not (plain and bool(seen[:, -1].all()))
 
 
+def token_stride(config: KVShareConfig, training: bool) -> int:
+    """How many subsets of tokens a sweep visits one after another."""
+    if not config.cyclic_groups:
+        return 1
+    strides = {"trained": config.iter_stride, "converged": _CONVERGED[0], "exact": _EXACT_STRIDE}
+    return strides["trained" if training else config.kv_prefill]
+
+
 def _take(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
     """``x`` with the tokens along ``dim`` as ``order`` ``[b, s]`` says."""
     shape = [1] * x.dim()
@@ -160,26 +206,65 @@ def _take(x: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
     return x.take_along_dim(order.view(shape), dim)
 
 
-def rotary_tables(
-    config: KVShareConfig, positions: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines ``[b, 1, s, d]``, of frequencies that are computed in every forward."""
-    rope, width = config.rope_parameters, config.head_dim
-    exponent = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    frequency = 1.0 / (rope["rope_theta"] ** exponent)
-    if rope.get("rope_type", "default") == "llama3":
-        frequency = _llama3(frequency, rope)
-    angles = positions[..., None].float() * frequency
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def document_ends(
+    shape: torch.Size,
+    position_ids: torch.Tensor | None,
+    real: torch.Tensor | None,
+    packing: dict[str, Any],
+    gaps: bool,
+) -> dict[str, torch.Tensor]:
+    """What each argument says of the ends of documents: ``[b, s - 1]``, True where one is.
+
+    As in transformers, a document ends where position ids do not go up by one; beside a mask or a
+    cache (``gaps``) a step forward is no end, and between real tokens only are there steps.
+    """
+    ends = {}
+    if position_ids is not None:
+        positions = position_ids if real is None else position_ids.where(real[:, -shape[1] :], -1)
+        highest = positions.cummax(-1).values
+        back = bool(((positions[:, 1:] >= 0) & (positions[:, 1:] <= highest[:, :-1])).any())
+        if back or not gaps:
+            ends["position_ids"] = position_ids.diff(dim=-1) != 1
+    if packing["seq_idx"] is not None:
+        ends["seq_idx"] = packing["seq_idx"].expand(shape).diff(dim=-1) != 0
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if packing[name] is not None:
+            ends[name] = _ends_of(name, packing[name].long().flatten(), shape)
+    return ends
 
 
-def _llama3(frequency: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
-    """Long wavelengths stretched by ``factor``, short ones kept, those between interpolated."""
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (smooth + (1 - smooth) / rope["factor"])
+def _ends_of(name: str, bounds: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """``[b, s - 1]``, True where a document ends, of cumulative lengths over all rows."""
+    if bool((bounds.diff() < 0).any()) or [int(bounds[0]), int(bounds[-1])] != [0, shape.numel()]:
+        raise ValueError(f"{name} must rise from 0 to the number of tokens, {shape.numel()}")
+    starts = torch.zeros(shape.numel() + 1, dtype=torch.bool, device=bounds.device)
+    return starts.index_fill(0, bounds, True)[:-1].view(shape)[:, 1:]
+
+
+class Rotary:
+    """The rotary embedding: tables of frequencies that are computed in every forward."""
+
+    def __init__(self, config: KVShareConfig) -> None:
+        self.kind = config.rope_parameters["rope_type"]
+        self.theta = config.rope_parameters["rope_theta"]
+        self.width = config.head_dim
+        self.llama = config.rotary_llama()
+
+    def tables(
+        self, positions: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, ``[b, 1, s, d]``."""
+        frequency, factor = self._frequency(positions)
+        angles = positions[..., None].float() * frequency
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def _frequency(self, positions: torch.Tensor) -> tuple[torch.Tensor, float]:
+        if self.kind == "default":  # not among the functions since transformers 5
+            exponent = torch.arange(0, self.width, 2, device=positions.device).float() / self.width
+            return 1.0 / (self.theta**exponent), 1.0
+        length = int(positions.max()) + 1 if self.kind in ("dynamic", "longrope") else None
+        return ROPE_INIT_FUNCTIONS[self.kind](self.llama, positions.device, seq_len=length)
 
 
 def rotate(x: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -277,21 +362,35 @@ class KVShareAttention(nn.Module):
         window, padding, skipped = visible.window, visible.padding, 0
         if visible.strict:
             window = None if window is None else window - 1
+        settings = {"scaling": self.scaling, "dropout": 0.0, "is_causal": True}
+        settings["sliding_window"] = window
+        if visible.document is not None:
+            return self._flash_documents(function, query, kv, visible, settings)
         if visible.strict and query.shape[2] > 1:
             kv = KV(*(x[:, :, :-1] for x in kv))
             padding = None if padding is None else padding[:, :-1]
             skipped = max(query.shape[2] - kv.key.shape[2], 0)
-        out, _ = function(
-            self,
-            query[:, :, skipped:],
-            *kv,
-            padding,
-            scaling=self.scaling,
-            dropout=0.0,
-            sliding_window=window,
-            is_causal=True,
-        )
+        out, _ = function(self, query[:, :, skipped:], *kv, padding, **settings)
         return F.pad(out, (0, 0, 0, 0, skipped, 0))
+
+    def _flash_documents(
+        self, function: Any, query: torch.Tensor, kv: KV, visible: Visible, settings: dict[str, Any]
+    ) -> torch.Tensor:
+        """The same of every document, all rows as one and their lengths beside."""
+        ends = visible.document.diff(dim=-1) != 0
+        first = F.pad(ends, (1, 0), value=True).flatten()
+        last = F.pad(ends, (0, 1), value=True).flatten()
+        lengths = last.nonzero()[:, 0] - first.nonzero()[:, 0] + (0 if visible.strict else 1)
+        asking = ~first if visible.strict else torch.ones_like(first)
+        read = ~last if visible.strict else torch.ones_like(last)
+        flat, *read_kv = (x.transpose(1, 2).flatten(0, 1) for x in (query, *kv))
+        bounds = F.pad(lengths[lengths > 0].cumsum(0), (1, 0)).int()
+        settings |= {f"cu_seq_lens_{side}": bounds for side in "qk"}
+        settings |= {f"max_length_{side}": int(lengths.max()) for side in "qk"}
+        inputs = [flat[asking], *(x[read] for x in read_kv)]
+        out, _ = function(self, *(x.transpose(0, 1)[None] for x in inputs), None, **settings)
+        out = torch.zeros_like(flat).index_put((asking,), out[0])
+        return out.unflatten(0, (len(query), -1))
 
 
 class KVShareLayer(GradientCheckpointingLayer):
@@ -464,13 +563,13 @@ class Forward:
         """Stride, whether each sweep is under gradient, and the change below which to stop."""
         config = self.config
         how = "trained" if self.training else config.kv_prefill
-        stride, without, with_gradient = config.iter_stride, *config.iter_passes
+        stride, (without, with_gradient) = token_stride(config, self.training), config.iter_passes
         settled = None
         if how == "converged":
-            stride, without, with_gradient = _CONVERGED
+            without, with_gradient = _CONVERGED[1:]
         elif how == "exact":
-            stride, settled = _EXACT_STRIDE, _SETTLED.get(dtype, _SETTLED_LOW_PRECISION)
-            without, with_gradient = -(-self.tokens.length // stride) - 1, 1
+            settled = _SETTLED.get(dtype, _SETTLED_LOW_PRECISION)
+            without, with_gradient = -(-self.tokens.longest // stride) - 1, 1
         if stride > 1 and "flash" in config._attn_implementation:
             raise ValueError(
                 "strided sweeps need a mask between token subsets, which flash attention does not "
@@ -558,20 +657,48 @@ class KVSharePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, KVShareRMSNorm):
-            nn.init.ones_(module.weight)
+
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 def refuse(unknown: dict[str, Any]) -> None:
     """An argument that is ignored may change results without a word (a cache under a new name):
     what is not known here must be off."""
-    harmless = {"return_dict", "cache_position"}
+    unknown = {**unknown, "is_causal": unknown.get("is_causal") is False}
     wanted = [name for name, value in unknown.items() if value is not None and value is not False]
-    if not set(wanted) <= harmless:
-        raise ValueError(f"this model does not take {', '.join(sorted(set(wanted) - harmless))}")
+    if wanted:
+        raise ValueError(f"this model does not take {', '.join(sorted(wanted))}")
+
+
+def check_order(
+    cache_position: torch.Tensor | None, position_ids: torch.Tensor | None, past: int, length: int
+) -> None:
+    """New tokens come after those in the cache, one after another, each with one position."""
+    order = list(range(past, past + length))
+    if cache_position is not None and cache_position.tolist() != order:
+        raise ValueError(f"cache_position must count up from {past}, the tokens in the cache")
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != length):
+        raise ValueError(
+            f"position_ids must be [batch, new tokens], {length} of them; it is "
+            f"{list(position_ids.shape)}"
+        )
+
+
+def real_tokens(attention_mask: Any, shape: torch.Size, past: int) -> torch.Tensor | None:
+    """``[b, all tokens]``, True for real ones; None: all are."""
+    wanted = (shape[0], past + shape[1])
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != wanted:
+        got = getattr(attention_mask, "shape", None)
+        got = type(attention_mask).__name__ if got is None else list(got)
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] = {list(wanted)}, those in the cache among "
+            f"them, 1 for real tokens and 0 for padding; it is {got}"
+        )
+    real = attention_mask.bool()
+    return None if bool(real.all()) else real
 
 
 class KVShareModel(KVSharePreTrainedModel):
@@ -579,13 +706,17 @@ class KVShareModel(KVSharePreTrainedModel):
 
     def __init__(self, config: KVShareConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        config.check()
+        self.rotary = Rotary(config)
+        size = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*size, padding_idx=config.pad_token_id)
         layers = (KVShareLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = KVShareRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -595,35 +726,94 @@ class KVShareModel(KVSharePreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cache: Any = None,
-        **unknown: Any,
+        cache_position: torch.LongTensor | None = None,
+        **more: Any,
     ) -> BaseModelOutputWithPast:
-        refuse(unknown)
-        past_key_values = cache if past_key_values is None else past_key_values
+        packing = {name: more.pop(name, None) for name in _PACKING}
+        refuse(more)
+        self.config.check()
+        self._check_attention()
+        cache = past_key_values if cache is None else cache  # its names before and from 5.24
+        self._check_cache(cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        shape = inputs_embeds.shape[:2]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        check_order(cache_position, position_ids, past, shape[1])
+        real = real_tokens(attention_mask, shape, past)
+        given = {"attention_mask": attention_mask, "a cache": cache, "use_cache=True": use_cache}
+        alone = [name for name, value in given.items() if value is not None and value is not False]
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if not use_cache:
-            past_key_values = None
-        elif past_key_values is None:
-            past_key_values = DynamicCache()
-        self._check_cache(past_key_values)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        tokens = NewTokens(self.config, inputs_embeds, past, attention_mask, position_ids)
-        forward = Forward(self.layers, self.config, tokens, past_key_values, self.training)
+        if position_ids is not None:
+            position_ids = position_ids.expand(shape)
+        ends = document_ends(shape, position_ids, real, packing, bool(alone or use_cache))
+        documents = self._documents(ends, packing, alone)
+        if cache is None and use_cache and documents is None:
+            cache = DynamicCache()
+        tokens = NewTokens(self, inputs_embeds, past, real, position_ids, documents)
+        forward = Forward(self.layers, self.config, tokens, cache, self.training)
         hidden = self.norm(forward.run(tokens.real_first(inputs_embeds, 1)))
         return BaseModelOutputWithPast(
-            last_hidden_state=tokens.as_given(hidden, 1), past_key_values=past_key_values
+            last_hidden_state=tokens.as_given(hidden, 1), past_key_values=cache
         )
 
-    def _check_cache(self, cache: Any) -> None:
-        if self.config.cyclic_groups and cache is not None and not isinstance(cache, DynamicCache):
+    def _documents(
+        self, ends: dict[str, torch.Tensor], packing: dict[str, Any], alone: list[str]
+    ) -> Documents | None:
+        """Several documents in a row, as ``ends`` say; ``alone``: what does not go with them."""
+        names = [name for name, end in ends.items() if bool(end.any())]
+        if not names:
+            return None
+        if alone:
             raise ValueError(
-                f"{type(cache).__name__} cannot serve a map in which layers read higher ones: they "
+                f"{' and '.join(names)}: several documents in a row cannot be computed with "
+                f"{' and '.join(alone)}. Leave that away, or give each document a row of its own"
+            )
+        for name, end in ends.items():
+            if not torch.equal(end, ends[names[0]]):
+                raise ValueError(f"{name} and {names[0]} say that other tokens end a document")
+        starts = F.pad(ends[names[0]], (1, 0), value=True)
+        documents = Documents.of(starts, token_stride(self.config, self.training))
+        for name in ("max_length_q", "max_length_k"):
+            if packing[name] is not None and int(packing[name]) < documents.longest:
+                raise ValueError(f"{name} is {int(packing[name])}, a document {documents.longest}")
+        return documents
+
+    def _check_attention(self) -> None:
+        name = self.config._attn_implementation
+        if name not in ("eager", "sdpa") and ("flash" not in name or "|" in name):
+            raise ValueError(f"attn_implementation {name!r}: take sdpa, eager or flash_attention_*")
+
+    def _check_cache(self, cache: Any) -> None:
+        if cache is None:
+            return
+        name = type(cache).__name__
+        if not isinstance(cache, Cache):
+            raise ValueError(f"past_key_values must be a Cache, as DynamicCache(), not {name}")
+        if any(getattr(cache, "is_sliding", ())):
+            raise ValueError(
+                f"{name} with windows drops tokens: here windows are masks. Use DynamicCache()"
+            )
+        whole = isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False)
+        if self.config.cyclic_groups and not whole:
+            raise ValueError(
+                f"{name} cannot serve a map in which layers read higher ones: they "
                 "read the cache before the new token is in it. Use DynamicCache (the default)"
             )
+
+
+def kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The last tokens, or those named: for all rows, or ``[b, kept]``; of a mask, flattened."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    if logits_to_keep.dim() < 2:
+        return hidden[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    return hidden.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
 class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
@@ -642,6 +832,7 @@ class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -652,22 +843,16 @@ class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        cache: Any = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **unknown: Any,
+        **more: Any,
     ) -> CausalLMOutputWithPast:
-        refuse(unknown)
-        past = (
-            cache if past_key_values is None else past_key_values
-        )  # its name before and from 5.24
-        output = self.model(input_ids, attention_mask, position_ids, past, inputs_embeds, use_cache)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])
+        about_loss = {name: more.pop(name, None) for name in _LOSS}
+        about_loss = {name: value for name, value in about_loss.items() if value is not None}
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        output = self.model(*given, **more, return_dict=True)
+        logits = self.lm_head(kept(output.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch
-            )
+        if labels is not None or "shift_labels" in about_loss:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **about_loss)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=output.past_key_values
         )
