@@ -47,6 +47,8 @@ class EvaluateConfig:
     """Key of the text in .jsonl."""
     tokenizer_model: str | None = None
     """Tokenizer for --text; left out: the model's own."""
+    split_special_tokens: bool = False
+    """Encode the names of special tokens inside --text as text, as in `kvshare preprocess`."""
     seq_length: Count | None = None
     """Tokens per window; left out: as many as the model is declared for."""
     batch_size: Count = 4
@@ -128,10 +130,16 @@ def _tokenizer(config: EvaluateConfig):
 
     path = config.tokenizer_model or config.hf
     if path is not None:
-        return load_tokenizer(kind_of(path), path, trust_remote_code=config.trust_remote_code)
-    settings = open_checkpoint(Path(config.load or "")).manifest.config
-    kind, path = settings["tokenizer_type"], settings["tokenizer_model"]
-    return load_tokenizer(kind, path, trust_remote_code=config.trust_remote_code)
+        kind = kind_of(path)
+    else:
+        settings = open_checkpoint(Path(config.load or "")).manifest.config
+        kind, path = settings["tokenizer_type"], settings["tokenizer_model"]
+    return load_tokenizer(
+        kind,
+        path,
+        split_special_tokens=config.split_special_tokens,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _tasks(config: EvaluateConfig) -> list[dict[str, Any]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megatron_kvshare.cli.progress import ProgressLine
 from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.data import TokenizerType
 from megatron_kvshare.config.types import SCHEMA, Count, dataclass
 from megatron_kvshare.data.documents import TextDocuments
-from megatron_kvshare.data.preprocess import PreprocessJob, Progress, preprocess
+from megatron_kvshare.data.preprocess import InnerEnds, PreprocessJob, Progress, preprocess
 from megatron_kvshare.data.token_files import open_checked
 
 _EXAMPLES = """\
@@ -43,6 +44,9 @@ class PreprocessConfig:
     """Plain text: one document per file, per paragraph (between blank lines), or per line."""
     append_eod: bool = False
     """End every document with the end-of-document token (needed for packed documents)."""
+    split_special_tokens: bool = False
+    """Encode the names of special tokens inside a text, such as </s>, as text and not as the token
+    (Hugging Face; SentencePiece does so by itself)."""
     workers: Count = 1
     """Processes that tokenize."""
 
@@ -63,6 +67,7 @@ def run(argv: Sequence[str]) -> int:
         json_keys=config.json_keys,
         text_documents=config.text_documents,
         append_eod=config.append_eod,
+        split_special_tokens=config.split_special_tokens,
         workers=config.workers,
     )
     started = time.monotonic()
@@ -70,11 +75,26 @@ def run(argv: Sequence[str]) -> int:
     skipped = f", {counts.skipped:,} without text skipped" if counts.skipped else ""
     seconds = time.monotonic() - started
     print(f"{counts.documents:,} documents, {counts.tokens:,} tokens{skipped}, {seconds:.1f} s")
+    for warning in _warnings(counts.inner_ends, config):
+        print(f"warning: {warning}", file=sys.stderr)
     for prefix in job.prefixes:
         print(f"wrote {prefix}.bin and .idx; train with --data-path {prefix}")
         entropy = open_checked(prefix).unigram_entropy()
         print(f"unigram entropy {entropy:.3f} nats: the loss when only token frequencies are known")
     return 0
+
+
+def _warnings(found: InnerEnds, config: PreprocessConfig) -> Iterator[str]:
+    if not found.tokens:
+        return
+    fix = "--split-special-tokens makes it text"
+    if config.split_special_tokens or config.tokenizer_type != "HuggingFaceTokenizer":
+        fix = "take it out of the text, or use another tokenizer"
+    yield (
+        f"{found.documents:,} documents hold the end-of-document token, {found.tokens:,} times, as"
+        f" the first in {found.first} does: where documents are packed they are cut there. If that"
+        f" is not meant, {fix}"
+    )
 
 
 class _Reporter:

@@ -43,6 +43,7 @@ class PreprocessJob:
     json_keys: tuple[str, ...] = ("text",)
     text_documents: TextDocuments = "file"
     append_eod: bool = False
+    split_special_tokens: bool = False
     workers: int = 1
 
     @property
@@ -53,8 +54,27 @@ class PreprocessJob:
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer, the same in every process."""
         return load_tokenizer(
-            self.tokenizer_type, self.tokenizer_model, self.vocab_size, self.trust_remote_code
+            self.tokenizer_type,
+            self.tokenizer_model,
+            self.vocab_size,
+            split_special_tokens=self.split_special_tokens,
+            trust_remote_code=self.trust_remote_code,
         )
+
+
+@dataclass
+class InnerEnds:
+    """End-of-document tokens inside documents, written there as text: how many, in how many
+    documents, and where the first of these is."""
+
+    tokens: int = 0
+    documents: int = 0
+    first: str | None = None
+
+    def add(self, other: InnerEnds) -> None:
+        self.tokens += other.tokens
+        self.documents += other.documents
+        self.first = self.first or other.first
 
 
 @dataclass
@@ -66,6 +86,7 @@ class Progress:
     documents: int = 0
     tokens: int = 0
     skipped: int = 0
+    inner_ends: InnerEnds = field(default_factory=InnerEnds)
 
 
 class _Encoded(NamedTuple):
@@ -73,6 +94,37 @@ class _Encoded(NamedTuple):
 
     ids: numpy.ndarray
     lengths: numpy.ndarray
+    inner_ends: InnerEnds
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Turns documents into token ids; ``eod`` is found once, by the parent."""
+
+    job: PreprocessJob
+    tokenizer: Tokenizer
+    eod: int | None
+
+    def encode(self, batch: Sequence[RawDocument]) -> list[_Encoded]:
+        rows: list[list[list[int]]] = [[] for _ in self.job.json_keys]
+        inner_ends = [InnerEnds() for _ in self.job.json_keys]
+        for document in batch:
+            texts = document.texts(self.job.json_keys)
+            for row, found, text in zip(rows, inner_ends, texts, strict=True):
+                ids = self.tokenizer.encode(text) if text.strip() else []
+                if self.eod in ids:
+                    found.add(InnerEnds(ids.count(self.eod), 1, document.where))
+                if ids and self.job.append_eod and self.eod is not None:
+                    ids.append(self.eod)
+                row.append(ids)
+        return [
+            _Encoded(
+                numpy.concatenate([numpy.array(ids, dtype=numpy.int32) for ids in row]),
+                numpy.array([len(ids) for ids in row], dtype=numpy.int64),
+                found,
+            )
+            for row, found in zip(rows, inner_ends, strict=True)
+        ]
 
 
 @dataclass
@@ -103,6 +155,7 @@ class _Outputs:
             progress.documents += written
             progress.tokens += int(encoded.ids.size)
             progress.skipped += len(encoded.lengths) - written
+            progress.inner_ends.add(encoded.inner_ends)
 
     def finish(self) -> None:
         """Give the files their names, all complete: a killed run leaves older files alone."""
@@ -143,14 +196,18 @@ def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = N
     reader = DocumentReader(job.inputs, job.text_documents)
     tokenizer = job.load_tokenizer()
     if job.append_eod and tokenizer.eod is None:
-        fix = "leave --append-eod out, or use a tokenizer with an end-of-sentence token"
-        raise DataError(Fault("--append-eod", "on", "the tokenizer has no such token", fix))
+        fix = (
+            "leave --append-eod out, or use a tokenizer with an end-of-sentence token (Hugging"
+            " Face: eos_token in tokenizer_config.json)"
+        )
+        raise DataError(Fault("--append-eod", "on", "the tokenizer names no such token", fix))
+    encoder = _Encoder(job, tokenizer, tokenizer.eod)
     progress = Progress(total_bytes=reader.total_bytes)
     try:
         with ExitStack() as stack:
             outputs = _Outputs(job, tokenizer)
             stack.callback(outputs.discard)
-            for encoded in _encode_all(job, tokenizer, _batches(reader), stack):
+            for encoded in _encode_all(encoder, _batches(reader), stack):
                 outputs.write(encoded, progress)
                 progress.bytes_read = reader.bytes_read
                 if report is not None:
@@ -180,16 +237,17 @@ def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 
 
 def _encode_all(
-    job: PreprocessJob, tokenizer: Tokenizer, batches: Iterator[list[RawDocument]], stack: ExitStack
+    encoder: _Encoder, batches: Iterator[list[RawDocument]], stack: ExitStack
 ) -> Iterator[list[_Encoded]]:
     """Encoded batches in input order, with a bounded number of them in flight."""
+    job = encoder.job
     if job.workers == 1:
-        for batch in batches:
-            yield _encode(batch, job, tokenizer)
+        yield from map(encoder.encode, batches)
         return
     # Fresh processes: the parent has loaded libraries with threads, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(job.workers, context, initializer=_start_worker, initargs=(job,))
+    arguments = (job, encoder.eod)
+    pool = ProcessPoolExecutor(job.workers, context, initializer=_start_worker, initargs=arguments)
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     waiting: deque[Future[list[_Encoded] | tuple[Fault, ...]]] = deque()
     for batch in batches:
@@ -200,38 +258,19 @@ def _encode_all(
         yield _result(waiting.popleft())
 
 
-def _encode(
-    batch: Sequence[RawDocument], job: PreprocessJob, tokenizer: Tokenizer
-) -> list[_Encoded]:
-    rows: list[list[list[int]]] = [[] for _ in job.json_keys]
-    for document in batch:
-        for row, text in zip(rows, document.texts(job.json_keys), strict=True):
-            ids = tokenizer.encode(text) if text.strip() else []
-            if ids and job.append_eod and tokenizer.eod is not None:
-                ids.append(tokenizer.eod)
-            row.append(ids)
-    return [
-        _Encoded(
-            numpy.concatenate([numpy.array(ids, dtype=numpy.int32) for ids in row]),
-            numpy.array([len(ids) for ids in row], dtype=numpy.int64),
-        )
-        for row in rows
-    ]
+_worker: _Encoder | None = None
 
 
-_worker: tuple[PreprocessJob, Tokenizer] | None = None
-
-
-def _start_worker(job: PreprocessJob) -> None:
+def _start_worker(job: PreprocessJob, eod: int | None) -> None:
     global _worker
-    _worker = job, job.load_tokenizer()
+    _worker = _Encoder(job, job.load_tokenizer(), eod)
 
 
 def _encode_in_worker(batch: list[RawDocument]) -> list[_Encoded] | tuple[Fault, ...]:
     """Encode, or hand back the faults: an exception would lose them between processes."""
     assert _worker is not None, "the pool runs _start_worker first"
     try:
-        return _encode(batch, *_worker)
+        return _worker.encode(batch)
     except DataError as error:
         return error.faults
 
@@ -252,6 +291,7 @@ def _notes(job: PreprocessJob, tokenizer: Tokenizer, total: Progress) -> dict[st
         "vocab_size": tokenizer.vocab_size,
         "eod": tokenizer.eod,
         "append_eod": job.append_eod,
+        "split_special_tokens": job.split_special_tokens,
         "documents": total.documents,
         "tokens": total.tokens,
     }

@@ -162,7 +162,14 @@ def _check_tokens(files: TokenFiles, data: DataConfig, vocabulary: Vocabulary) -
         for token in dict.fromkeys((scan.smallest, scan.largest))
         if not 0 <= token < vocabulary.size
     ]
-    if packed and not scan.found:
+    ends = files.notes.get("eod") if files.notes.get("append_eod") else None
+    if packed and ends not in (None, vocabulary.eod):
+        rule = (
+            f"{files.prefix} ends documents with token {ends}, the tokenizer has {vocabulary.eod}"
+        )
+        fix = "preprocess the text again, with the tokenizer as it is now"
+        faults.append(Fault("--tokenizer-model", data.tokenizer_model, rule, fix))
+    elif packed and not scan.found:
         where = "--reset-attention-mask, --reset-position-ids, --eod-mask-loss"
         rule = f"the data has no end-of-document token (id {vocabulary.eod})"
         fix = "preprocess it again with --append-eod, or leave the flags out"

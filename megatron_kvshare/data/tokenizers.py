@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_kvshare.errors import DataError, Fault
 
-_EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<eod>")
+_NAMING = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+"""Where transformers finds names of special tokens, or a class that has usual ones."""
 
 
 class Tokenizer(Protocol):
@@ -25,8 +27,10 @@ class Tokenizer(Protocol):
     """
 
     vocab_size: int
-    eod: int | None
     fingerprint: str | None
+
+    @property
+    def eod(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without added begin or end tokens."""
@@ -38,7 +42,12 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(
-    kind: str, model: str | None, vocab_size: int | None = None, trust_remote_code: bool = False
+    kind: str,
+    model: str | None,
+    vocab_size: int | None = None,
+    *,
+    split_special_tokens: bool = False,
+    trust_remote_code: bool = False,
 ) -> Tokenizer:
     """Load a tokenizer by Megatron's ``--tokenizer-type`` name.
 
@@ -46,12 +55,16 @@ def load_tokenizer(
         kind: ``SentencePieceTokenizer``, ``HuggingFaceTokenizer`` or ``NullTokenizer``.
         model: its file or folder on this machine.
         vocab_size: number of ids, for ``NullTokenizer`` only.
+        split_special_tokens: encode the names of special tokens inside a text as text.
         trust_remote_code: run code of the folder where it has no ``tokenizer.json``.
 
     Raises:
-        DataError: the file is missing, broken, of another kind, or needs code of its folder.
+        DataError: the file is missing, broken, of another kind, needs code of its folder, or cannot
+            split special tokens.
     """
     if kind == "NullTokenizer":
+        if split_special_tokens:
+            raise _cannot_split(kind, "its text is token ids, the last one included")
         if vocab_size is None:
             raise _fault(
                 "--vocab-size", None, "NullTokenizer needs the number of ids", "give --vocab-size"
@@ -68,8 +81,8 @@ def load_tokenizer(
         fix = "give a path on this machine (names on a hub are not looked up)"
         raise _fault("--tokenizer-model", model, "no such file or folder", fix)
     if kind == "SentencePieceTokenizer":
-        return SentencePieceTokenizer(Path(model))
-    return HuggingFaceTokenizer(Path(model), trust_remote_code)
+        return SentencePieceTokenizer(Path(model), split_special_tokens)
+    return HuggingFaceTokenizer(Path(model), split_special_tokens, trust_remote_code)
 
 
 def kind_of(path: str) -> str:
@@ -107,9 +120,13 @@ class NullTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece ``.model`` file; its end-of-sentence token ends documents."""
+    """A SentencePiece ``.model`` file; its end-of-sentence token ends documents.
 
-    def __init__(self, path: Path) -> None:
+    Names of control tokens (``</s>``) inside a text are always text to SentencePiece, those of
+    user-defined symbols never.
+    """
+
+    def __init__(self, path: Path, split_special_tokens: bool = False) -> None:
         from sentencepiece import SentencePieceProcessor
 
         if path.is_dir():
@@ -127,6 +144,10 @@ class SentencePieceTokenizer:
         eos = self._processor.eos_id()
         self.eod: int | None = eos if eos >= 0 else None
         self.fingerprint: str | None = hashlib.sha256(content).hexdigest()
+        symbols = _user_defined(content) if split_special_tokens else []
+        if symbols:
+            why = f"SentencePiece matches its user-defined symbols in any text ({symbols[0]}, ...)"
+            raise _cannot_split(str(path), why)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -138,12 +159,18 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json`` file, or a folder that ``transformers`` can read."""
+    """A ``tokenizer.json`` file, or a folder that ``transformers`` can read.
 
-    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
+    ``definition`` is the content of ``tokenizer.json``, also where there is no such file.
+    """
+
+    def __init__(
+        self, path: Path, split_special_tokens: bool = False, trust_remote_code: bool = False
+    ) -> None:
+        self._path, self._trusted = path, trust_remote_code
         file: Path | bytes = path / "tokenizer.json" if path.is_dir() else path
         if path.is_dir() and not (path / "tokenizer.json").is_file():
-            file = self._convert(path, trust_remote_code)
+            file = str(self._by_transformers(path).backend_tokenizer.to_str()).encode()
         try:
             from tokenizers import Tokenizer as FastTokenizer
 
@@ -158,40 +185,50 @@ class HuggingFaceTokenizer:
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = split_special_tokens
+        self.definition = content
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eod: int | None = self._find_eod(path if path.is_dir() else path.parent)
         self.fingerprint: str | None = hashlib.sha256(content).hexdigest()
 
-    @staticmethod
-    def _convert(path: Path, trust_remote_code: bool) -> bytes:
-        """The fast form of an older tokenizer folder, through transformers."""
-        if not trust_remote_code:
-            _refuse_code(path)
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise _needs_transformers(path) from error
-        try:
-            slow = AutoTokenizer.from_pretrained(
-                str(path), local_files_only=True, trust_remote_code=trust_remote_code
-            )
-            return str(slow.backend_tokenizer.to_str()).encode()
-        except Exception as error:  # transformers raises many kinds for a folder it cannot read
-            fix = "give a folder with tokenizer.json, or that file itself"
-            raise _fault(
-                "--tokenizer-model", str(path), "transformers cannot read it", fix
-            ) from error
+    def _by_transformers(self, folder: Path) -> Any:
+        if not self._trusted and not (folder / "tokenizer.json").is_file():
+            _refuse_code(folder)
+        return _from_transformers(folder, self._path, self._trusted)
 
-    def _find_eod(self, folder: Path) -> int | None:
-        """The token named in tokenizer_config.json, else the first usual name that exists."""
-        names = list(_EOD_NAMES)
-        config = folder / "tokenizer_config.json"
-        if config.is_file():
-            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-            named = named.get("content") if isinstance(named, dict) else named
-            names = [named, *names] if named else names
-        ids = (self._tokenizer.token_to_id(name) for name in names)
-        return next((token for token in ids if token is not None), None)
+    @cached_property  # importing transformers takes seconds, and workers do without
+    def named(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token`` as transformers finds them for this folder: in several
+        files, whose rank has changed, or as usual for the class that they name. A file of another
+        name than ``tokenizer.json`` has no settings."""
+        folder = self._path if self._path.is_dir() else self._path.parent
+        has_settings = folder == self._path or self._path.name == "tokenizer.json"
+        if not has_settings or not any((folder / name).is_file() for name in _NAMING):
+            return {}
+        found = self._by_transformers(folder)
+        tokens = {"bos_token": found.bos_token, "eos_token": found.eos_token}
+        return {name: str(token) for name, token in tokens.items() if token is not None}
+
+    @cached_property
+    def bos(self) -> int | None:
+        """The token transformers calls the begin of a sentence, if the vocabulary has it."""
+        return self._tokenizer.token_to_id(self.named.get("bos_token", ""))
+
+    @cached_property
+    def eod(self) -> int | None:
+        """The token transformers calls the end of a sentence; None where none is named.
+
+        Raises:
+            DataError: what is named is not in the vocabulary.
+        """
+        name = self.named.get("eos_token")
+        if name is None:
+            return None
+        token = self._tokenizer.token_to_id(name)
+        if token is None:
+            rule = f"its end-of-sentence token {name!r} is not in its vocabulary"
+            fix = 'name one that is, in its tokenizer_config.json: "eos_token": "..."'
+            raise _fault("--tokenizer-model", str(self._path), rule, fix)
+        return int(token)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -215,6 +252,46 @@ def _refuse_code(folder: Path) -> None:
         rule = f"this tokenizer is code of its folder ({code}), which runs only where you say so"
         fix = "give a folder with tokenizer.json, or read the code and give --trust-remote-code"
         raise _fault("--tokenizer-model", str(folder), rule, fix)
+
+
+def _from_transformers(folder: Path, given: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer in ``folder`` as transformers reads it, without code that lies there unless it
+    is trusted: where ``tokenizer.json`` does without, the class that needs none."""
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    except ImportError as error:
+        raise _needs_transformers(given) from error
+    try:
+        settings = _json(folder / "tokenizer_config.json")
+        if "auto_map" in settings and (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises many kinds for a folder it cannot read
+        fix = "give a folder with tokenizer.json and sound settings, or that file itself"
+        reason = " ".join(str(error).split())[:200]
+        rule = f"transformers cannot read it ({reason})"
+        raise _fault("--tokenizer-model", str(given), rule, fix) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return found
+
+
+def _user_defined(content: bytes) -> list[str]:
+    from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+    model = protobuf.ModelProto()
+    model.ParseFromString(content)
+    return [piece.piece for piece in model.pieces if piece.type == piece.USER_DEFINED]
+
+
+def _cannot_split(value: str, why: str) -> DataError:
+    return _fault("--split-special-tokens", value, why, "leave the flag out")
 
 
 def _needs_transformers(path: Path) -> DataError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_kvshare.config import DataConfig
 from megatron_kvshare.config.blend import parse_blend
@@ -33,7 +33,9 @@ def resolve_vocabulary(data: DataConfig, vocab_size: int | None) -> Vocabulary:
     Raises:
         DataError: no source of a size, a broken tokenizer, or a size below the tokenizer's.
     """
-    known = _from_tokenizer(data, vocab_size) or _from_notes(data)
+    known = _from_tokenizer(data, vocab_size)
+    if known is None or known.eod is None:
+        known = _from_notes(data, known) or known
     if known is None:
         if vocab_size is None:
             raise DataError(_unknown_size())
@@ -63,9 +65,9 @@ def _from_tokenizer(data: DataConfig, vocab_size: int | None) -> Vocabulary | No
     return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint)
 
 
-def _from_notes(data: DataConfig) -> Vocabulary | None:
+def _from_notes(data: DataConfig, known: Vocabulary | None) -> Vocabulary | None:
     """What `kvshare preprocess` noted beside the first source; later sources are checked token by
-    token.
+    token. Of a tokenizer that is known, but for the end of documents, it must be the same.
     """
     for flag, words in (
         ("--data-path", data.data_path),
@@ -76,8 +78,11 @@ def _from_notes(data: DataConfig) -> Vocabulary | None:
         prefix = parse_blend(flag, words)[0][0]
         notes = open_checked(prefix).notes
         size, eod = notes.get("vocab_size"), notes.get("eod")
-        if isinstance(size, int):
-            return Vocabulary(size, eod if isinstance(eod, int) else None)
+        eod = eod if isinstance(eod, int) else None
+        if known is not None and known.fingerprint == notes.get("tokenizer_sha256"):
+            return replace(known, eod=eod)
+        if known is None and isinstance(size, int):
+            return Vocabulary(size, eod)
     return None
 
 
@@ -95,5 +100,6 @@ def _no_eod() -> Fault:
         where="--reset-attention-mask, --reset-position-ids, --eod-mask-loss",
         value="on",
         rule="packed documents need an end-of-document token, and none is known",
-        fix="give the --tokenizer-model the data was made with, or leave the flags out",
+        fix="give the --tokenizer-model the data was made with, with eos_token named in its"
+        " tokenizer_config.json, or leave the flags out",
     )

@@ -68,26 +68,20 @@ def _try_out(tokenizer: Tokenizer, folder: Path) -> None:
 def _copied(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> Written:
     """The file itself; what it would add to a text is left out of the settings."""
     origin = source if source.is_dir() else source.parent
-    file = origin / "tokenizer.json" if source.is_dir() else source
     settings: dict[str, Any] = {}
     if (origin / "tokenizer_config.json").is_file():
         settings = json.loads((origin / "tokenizer_config.json").read_text(encoding="utf-8"))
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(tokenizer.definition)
     content["post_processor"] = None
     write_json(folder / "tokenizer.json", content)
     kept = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length", "chat_template")
     settings = {name: settings[name] for name in kept if settings.get(name) is not None}
-    tokens = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
-    if tokenizer.eod is not None and "eos_token" not in settings:
-        ends = [text for text, token in tokens.items() if token == tokenizer.eod]
-        settings |= {"eos_token": ends[0]} if ends else {}
+    settings |= tokenizer.named
     for extra in ("chat_template.jinja",):
         if (origin / extra).is_file():
             shutil.copy(origin / extra, folder / extra)
     _write_settings(folder, settings)
-    bos = settings.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    return Written(tokens.get(bos), tokenizer.eod)
+    return Written(tokenizer.bos, tokenizer.eod)
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:

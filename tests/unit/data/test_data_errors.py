@@ -197,6 +197,38 @@ def test_the_vocabulary_comes_from_tokenizer_notes_or_flag(
             resolve_vocabulary(config, size)
 
 
+def test_the_end_of_documents_is_that_of_the_data(tmp_path: Path) -> None:
+    """Data made when a name was guessed, or by settings that have changed since."""
+    tokenizers = pytest.importorskip("tokenizers")
+    fast = tokenizers.ByteLevelBPETokenizer()
+    fast.train_from_iterator([WORDS], vocab_size=300, special_tokens=["</s>", "<end>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text('{"eos_token": "</s>"}')
+    text = tmp_path / "a.txt"
+    text.write_text((WORDS + "\n\n") * 20)
+    job = PreprocessJob(
+        inputs=(str(text),),
+        output_prefix=str(tmp_path / "o"),
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(tmp_path),
+        text_documents="paragraph",
+        append_eod=True,
+    )
+    preprocess(job)
+    given = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path)}
+    run = given | {"data_path": tuple(job.prefixes), "split": "1,1", "reset_attention_mask": True}
+    for named, eod in (('{"eos_token": "</s>"}', 0), ("{}", 0), ('{"eos_token": "<end>"}', 1)):
+        settings.write_text(named)
+        vocabulary = resolve_vocabulary(DataConfig(**run), None)
+        assert vocabulary.eod == eod
+        if eod == 0:
+            assert plan(vocabulary, **run).rows
+            continue
+        with pytest.raises(DataError, match="ends documents with token 0, the tokenizer has 1"):
+            plan(vocabulary, **run)
+
+
 def test_data_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer_model: str) -> None:
     text = tmp_path / "a.txt"
     text.write_text(WORDS)

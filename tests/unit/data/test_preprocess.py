@@ -104,6 +104,50 @@ def test_plain_text_has_one_key(tmp_path: Path, tokenizer_model: str) -> None:
         preprocess(job_for(str(path), tmp_path / "o", tokenizer_model, json_keys=("a", "b")))
 
 
+@pytest.fixture
+def end_folder(tmp_path: Path) -> str:
+    """A Hugging Face tokenizer whose end token, ``<end>``, is named in an older settings file."""
+    tokenizers = pytest.importorskip("tokenizers")
+    fast = tokenizers.ByteLevelBPETokenizer()
+    fast.train_from_iterator([WORDS], vocab_size=300, special_tokens=["</s>", "<end>"])
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<end>"}')
+    return str(folder)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_end_tokens_inside_documents_are_told_and_can_be_text(
+    tmp_path: Path,
+    end_folder: str,
+    workers: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, "_BATCH_BYTES", 50)
+    path = tmp_path / "a.jsonl"
+    texts = [WORDS, "one<end>two", WORDS, "three <end><end> four", "</s>"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    argv = ["preprocess", "--input", str(path), "--append-eod", "--tokenizer-model", end_folder]
+    argv += ["--tokenizer-type", "HuggingFaceTokenizer", "--workers", workers]
+    for name, flags, inner in (("as_it_is", [], 3), ("split", ["--split-special-tokens"], 0)):
+        prefix = tmp_path / name
+        assert main([*argv, "--output-prefix", str(prefix), *flags]) == 0
+        said = capsys.readouterr().err
+        assert ("2 documents hold the end-of-document token, 3 times" in said) is (inner > 0)
+        assert (f"{path}:2" in said and "--split-special-tokens" in said) is (inner > 0)
+        stored = open_token_files(f"{prefix}_text_document")
+        documents = [stored[number].tolist() for number in range(len(stored))]
+        assert sum(ids.count(1) for ids in documents) == len(texts) + inner
+        assert all(ids[-1] == 1 for ids in documents)
+        notes = json.loads(Path(f"{prefix}_text_document.meta.json").read_text())
+        assert (notes["eod"], notes["split_special_tokens"]) == (1, not inner)
+        if not inner:
+            tokenizer = load_tokenizer("HuggingFaceTokenizer", end_folder)
+            assert [tokenizer.decode(ids[:-1]) for ids in documents] == texts
+
+
 def test_command(
     jsonl: str, tmp_path: Path, tokenizer_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
