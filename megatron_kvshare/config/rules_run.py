@@ -140,7 +140,11 @@ def _missing_files(flag: str, prefix: str) -> Iterator[Fault]:
     fix = f"make it with `kvshare preprocess --input FILE --output-prefix {prefix} ...`"
     if os.path.isfile(f"{longer}.idx"):
         fix = f"write {flag} {longer}"
-    yield Fault(flag, prefix, f"there is no file {' and no file '.join(missing)}", fix)
+    rule_text = f"there is no file {' and no file '.join(missing)}"
+    if missing == [f"{prefix}.idx"]:
+        rule_text += ", as when `kvshare preprocess` is stopped at its very end"
+        fix = "make both files again with `kvshare preprocess`"
+    yield Fault(flag, prefix, rule_text, fix)
 
 
 @rule("split mock_data data_path")

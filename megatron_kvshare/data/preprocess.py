@@ -7,6 +7,7 @@ document) per worker.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,12 +23,13 @@ from typing import NamedTuple
 import numpy
 
 from megatron_kvshare.data.documents import DocumentReader, RawDocument, TextDocuments
-from megatron_kvshare.data.token_files import notes_path
+from megatron_kvshare.data.publish import INDEX, NOTES, TOKENS, publish
 from megatron_kvshare.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_kvshare.errors import DataError, Fault
 
 _BATCH_BYTES = 1 << 19
 _BATCHES_PER_WORKER = 3
+_SUFFIXES = (TOKENS, INDEX, NOTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ class _Outputs:
 
         Path(self.job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
         size = self.tokenizer.vocab_size
-        self.writers = [TokenFileWriter(_partial(p, ".bin"), size) for p in self.job.prefixes]
+        self.writers = [TokenFileWriter(_partial(p, TOKENS), size) for p in self.job.prefixes]
         self.totals = [Progress(total_bytes=0) for _ in self.job.prefixes]
 
     def write(self, batch: Sequence[_Encoded], progress: Progress) -> None:
@@ -158,25 +160,25 @@ class _Outputs:
             progress.inner_ends.add(encoded.inner_ends)
 
     def finish(self) -> None:
-        """Give the files their names, all complete: a killed run leaves older files alone."""
+        """Give the files their names, all complete."""
         for prefix, writer, total in zip(self.job.prefixes, self.writers, self.totals, strict=True):
             if not total.tokens:
                 fix = "give files with text (see --json-keys and --text-documents)"
                 raise DataError(Fault("--input", prefix, "the input holds no text", fix))
-            writer.finalize(_partial(prefix, ".idx"))
-            notes = _notes(self.job, self.tokenizer, total)
+            writer.finalize(_partial(prefix, INDEX))
+            with _partial(prefix, INDEX).open("rb") as index:
+                sha256 = hashlib.file_digest(index, "sha256").hexdigest()
+            notes = _notes(self.job, self.tokenizer, total) | {"index_sha256": sha256}
             text = json.dumps(notes, indent=1) + "\n"
-            _partial(prefix, ".meta.json").write_text(text, encoding="utf-8")
+            _partial(prefix, NOTES).write_text(text, encoding="utf-8")
         for prefix in self.job.prefixes:
-            os.replace(_partial(prefix, ".bin"), prefix + ".bin")
-            os.replace(_partial(prefix, ".idx"), prefix + ".idx")
-            os.replace(_partial(prefix, ".meta.json"), notes_path(prefix))
+            publish({suffix: _partial(prefix, suffix) for suffix in _SUFFIXES}, prefix)
 
     def discard(self) -> None:
         """Remove what is left under temporary names."""
         for prefix, writer in zip(self.job.prefixes, self.writers, strict=True):
             writer.close()
-            for suffix in (".bin", ".idx", ".meta.json"):
+            for suffix in _SUFFIXES:
                 _partial(prefix, suffix).unlink(missing_ok=True)
 
 

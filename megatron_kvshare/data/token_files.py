@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy
 
+from megatron_kvshare.data.publish import INDEX, NOTES, TOKENS
 from megatron_kvshare.data.token_index import REPROCESS, TokenIndex, broken, read_index
 
 _SCAN_TOKENS = 16_000_000
@@ -90,7 +91,7 @@ class TokenFiles:
 
 def notes_path(prefix: str) -> Path:
     """Where ``kvshare preprocess`` notes the tokenizer; stock files come without it."""
-    return Path(prefix + ".meta.json")
+    return Path(prefix + NOTES)
 
 
 def open_checked(prefix: str) -> TokenFiles:
@@ -100,8 +101,8 @@ def open_checked(prefix: str) -> TokenFiles:
         DataError: missing, empty, unreadable, foreign, damaged or mismatched files.
     """
     try:
-        bin_bytes = _file_size(prefix, ".bin")
-        _file_size(prefix, ".idx")
+        bin_bytes = _file_size(prefix, TOKENS)
+        _file_size(prefix, INDEX)
         index = read_index(prefix, bin_bytes)
         notes = _read_notes(prefix)
     except OSError as error:
@@ -122,6 +123,9 @@ def _file_size(prefix: str, suffix: str) -> int:
         if size == 0:
             raise broken(prefix, f"{path.name} is empty", REPROCESS)
         return size
+    if suffix == INDEX:  # tokens are looked for first
+        rule = f"there is no file {path}, as when `kvshare preprocess` is stopped at its very end"
+        raise broken(prefix, rule, REPROCESS)
     raise broken(prefix, f"there is no file {path}", _other_prefix(prefix))
 
 

@@ -117,11 +117,9 @@ def end_folder(tmp_path: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 def test_end_tokens_inside_documents_are_told_and_can_be_text(
     tmp_path: Path,
     end_folder: str,
-    workers: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -130,8 +128,9 @@ def test_end_tokens_inside_documents_are_told_and_can_be_text(
     texts = [WORDS, "one<end>two", WORDS, "three <end><end> four", "</s>"]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     argv = ["preprocess", "--input", str(path), "--append-eod", "--tokenizer-model", end_folder]
-    argv += ["--tokenizer-type", "HuggingFaceTokenizer", "--workers", workers]
-    for name, flags, inner in (("as_it_is", [], 3), ("split", ["--split-special-tokens"], 0)):
+    argv += ["--tokenizer-type", "HuggingFaceTokenizer"]
+    split = ["--split-special-tokens"]
+    for name, flags, inner in (("as_it_is", ["--workers", "2"], 3), ("split", split, 0)):
         prefix = tmp_path / name
         assert main([*argv, "--output-prefix", str(prefix), *flags]) == 0
         said = capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""Token files get their names so that a killed process never leaves a pair that does not belong
+together (L4).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+INDEX, TOKENS, NOTES = ".idx", ".bin", ".meta.json"
+
+
+def publish(partial: Mapping[str, Path], prefix: str) -> None:
+    """Rename the complete files ``partial``, by suffix, to those at ``prefix``.
+
+    Nothing reads tokens without an index. So the old one goes first and the new one comes last:
+    what is found in between is no pair, whatever else is there by then. Each step is on the disk
+    before the next.
+    """
+    folder = Path(prefix).parent
+    for path in partial.values():
+        _flush(path)
+    Path(prefix + INDEX).unlink(missing_ok=True)
+    _flush(folder)
+    for suffix in (TOKENS, NOTES):
+        os.replace(partial[suffix], prefix + suffix)
+    _flush(folder)
+    os.replace(partial[INDEX], prefix + INDEX)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
