@@ -7,14 +7,12 @@ loops or bare asserts.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TypeVar
 
 import numpy
 import torch
@@ -28,8 +26,7 @@ from megatron.core.datasets.utils import Split, normalize
 from torch import distributed
 
 from megatron_kvshare.errors import DataError, Fault
-
-Built = TypeVar("Built")
+from megatron_kvshare.megatron_api import sample_cache
 
 
 class Part(IntEnum):
@@ -155,7 +152,10 @@ def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
     fault = None
     if _rank() == 0:
         try:
-            _fill_cache(lambda folder: [_dataset(spec, folder) for spec in specs], cache)
+            names = {spec.index_sha256 for spec in specs}
+            sample_cache.fill(
+                lambda folder: [_dataset(spec, folder) for spec in specs], cache, names
+            )
         except OSError as error:
             fault = Fault(
                 where="--data-cache-path",
@@ -208,31 +208,11 @@ def _opened_as_checked(spec: PartSpec, config: GPTDatasetConfig) -> IndexedDatas
 
 
 def _cached_dataset(spec: PartSpec, cache: Path) -> GPTDataset:
-    try:
-        return _dataset(spec, str(cache))
-    except FileNotFoundError:
-        return _dataset(spec, "")  # the stock class keeps the index in memory when the folder is ""
-
-
-def _fill_cache(build: Callable[[str], Built], cache: Path) -> None:
-    """Run ``build`` on a private copy of the cache, then move what it added to the cache.
-
-    The stock classes write index files in place; a reader (or a restart after a kill) could meet
-    half of one.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    complete = {
-        file.name.removesuffix("description.txt") for file in cache.glob("*-description.txt")
-    }
-    with TemporaryDirectory(dir=cache, prefix=".building-") as private:
-        for file in cache.iterdir():
-            if any(file.name.startswith(base) for base in complete):
-                Path(private, file.name).symlink_to(file.resolve())
-        build(private)
-        added = [file for file in Path(private).iterdir() if not file.is_symlink()]
-        # The description marks a complete index, so it goes last.
-        for file in sorted(added, key=lambda file: file.name.endswith("description.txt")):
-            os.replace(file, cache / file.name)
+    """A rank may see another disk than rank 0's, or a damaged file on its own."""
+    if sample_cache.is_whole(cache, spec.index_sha256):
+        with contextlib.suppress(FileNotFoundError):
+            return _dataset(spec, str(cache))
+    return _dataset(spec, "")  # the stock class keeps the index in memory when the folder is ""
 
 
 def _rank() -> int:

@@ -179,3 +179,31 @@ def test_negative_ids_are_outside_every_vocabulary(tmp_path: Path, dtype: type) 
     builder.finalize(str(tmp_path / "a.idx"))
     with pytest.raises(DataError, match="-1: token id outside"):
         plan(Vocabulary(70_000), data_path=(str(tmp_path / "a"),), split="1", eval_iters=0)
+
+
+@pytest.mark.parametrize("suffix", ["document_index.npy", "sample_index.npy", "shuffle_index.npy"])
+def test_a_damaged_index_of_samples_is_made_again(
+    write_tokens: WriteTokens, tmp_path: Path, suffix: str
+) -> None:
+    """megatron-core would read other tokens by it, or fail in the middle of a run."""
+    prefix, cache = write_tokens(counting_documents(40)), tmp_path / "cache"
+    (row,) = plan(data_path=(prefix,), split="1", eval_iters=0).rows
+    request = DataRequest(
+        seq_length=16, global_batch_size=4, train_iters=1, vocabulary=Vocabulary(100)
+    )
+    spec = row.spec(request)
+
+    def samples() -> list[list[int]]:
+        (dataset,) = datasets.build_samples([spec], cache)
+        return [dataset[number]["tokens"].tolist() for number in range(0, len(dataset), 40)]
+
+    expected = samples()
+    (path,) = cache.glob(f"*{suffix}")
+    original, made = path.read_bytes(), path.stat().st_mtime_ns
+    assert samples() == expected and path.stat().st_mtime_ns == made, "it is not made each time"
+    for _, content in mutations(original, 5, seed=len(suffix)):
+        path.unlink()
+        path.write_bytes(content)
+        assert datasets.sample_cache.is_whole(cache, spec.index_sha256) is False
+        assert samples() == expected
+        assert path.read_bytes() == original
