@@ -41,12 +41,15 @@ def parse_blend(flag: str, words: Sequence[str]) -> list[tuple[str, float | None
     prefixes = words[1::2]
     weights = [0.0 if number is None else number for number in numbers[0::2]]
     alternate = len(words) % 2 == 0 and all(number is None for number in numbers[1::2])
-    if not alternate or not all(0 < weight < math.inf for weight in weights):
-        rule = "it is PREFIX, PREFIX PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0"
+    if not alternate or not (min(weights) > 0 and math.isfinite(sum(weights))):
+        rule = (
+            "it is PREFIX, PREFIX PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..., weights above 0"
+            " with a finite sum"
+        )
         fix = f"write for example {flag} 0.7 first_prefix 0.3 second_prefix"
         raise ConfigError(Fault(flag, " ".join(words), rule, fix))
     least = min(weights)
-    if least / sum(weights) < LEAST_SHARE:  # 0 where the sum is too large for a number
+    if least / sum(weights) < LEAST_SHARE:
         rule = f"{prefixes[weights.index(least)]} has so little weight that nothing of it is read"
         fix = f"give every source at least {LEAST_SHARE:g} of the sum of the weights, or drop it"
         raise ConfigError(Fault(flag, " ".join(words), rule, fix))

@@ -78,7 +78,7 @@ class TokenFiles:
         return self._ids()[start : start + self.count_tokens(first, end)]
 
     def _ids(self) -> numpy.ndarray:
-        return numpy.memmap(self.prefix + ".bin", dtype=self.index.dtype, mode="r")
+        return numpy.memmap(self.prefix + TOKENS, dtype=self.index.dtype, mode="r")
 
     def _blocks(self) -> list[numpy.ndarray]:
         ids = self._ids()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy
 
+from megatron_kvshare.data.publish import INDEX
 from megatron_kvshare.errors import DataError, Fault
 
 REPROCESS = "make the files again with `kvshare preprocess`"
@@ -44,7 +45,7 @@ def read_index(prefix: str, bin_bytes: int) -> TokenIndex:
         DataError: another kind of file, a damaged index, or one that belongs to other tokens.
         OSError: it cannot be read.
     """
-    path = Path(prefix + ".idx")
+    path = Path(prefix + INDEX)
     content = numpy.memmap(path, dtype=numpy.uint8, mode="r")
     if content.size < _HEADER.size:
         raise broken(prefix, f"{path.name} is cut off", REPROCESS)
