@@ -91,7 +91,7 @@ def _write(
     folders.write_json(folder / "generation_config.json", generation)
     if not is_plain_llama(description.map):
         for name in CODE:
-            shutil.copy(HERE / name, folder / name)
+            shutil.copyfile(HERE / name, folder / name)
     card = model_card(stored.manifest, description, job.save.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     folders.write_weights(stored.weights, folder, job.max_shard_bytes, done)

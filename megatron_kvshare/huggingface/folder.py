@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -178,6 +179,14 @@ def _is_inside(shard: object) -> bool:
     return not path.is_absolute() and ".." not in path.parts and not {"\0", "\\"} & set(shard)
 
 
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """With the mode that the umask gives to new files: safetensors' own are their owner's alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_weights(
     source: TensorSource,
     folder: Path,
@@ -198,7 +207,7 @@ def write_weights(
     written = 0
     for shard, names in plan.filename_to_tensors.items():
         tensors = {name: source.read(name).contiguous() for name in names}
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        _save(tensors, folder / shard)
         written += sum(source.tensors[name].num_bytes for name in names)
         done(written, total)
     if plan.is_sharded:

@@ -79,7 +79,7 @@ def _copied(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> Writ
     settings |= tokenizer.named
     for extra in ("chat_template.jinja",):
         if (origin / extra).is_file():
-            shutil.copy(origin / extra, folder / extra)
+            shutil.copyfile(origin / extra, folder / extra)
     _write_settings(folder, settings)
     return Written(tokenizer.bos, tokenizer.eod)
 
@@ -104,7 +104,7 @@ def _from_sentencepiece(source: Path, folder: Path) -> Written:
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     fast = _fast_tokenizer(model, pieces)
     fast.save(str(folder / "tokenizer.json"))
-    shutil.copy(source, folder / "tokenizer.model")
+    shutil.copyfile(source, folder / "tokenizer.model")
     trainer = model.trainer_spec
     special = {
         "unk_token": trainer.unk_id,
