@@ -186,7 +186,7 @@ class KVShareConfig(PretrainedConfig):
         try:
             llama = self._rotary_llama()
             for length in (None, 2**31):
-                ROPE_INIT_FUNCTIONS[kind](llama, seq_len=length)
+                ROPE_INIT_FUNCTIONS[kind](llama, None, seq_len=length)
         except Exception as error:  # whatever this version of transformers finds wrong
             return [f"rope_parameters of {kind!r} are not usable: {type(error).__name__}: {error}"]
         return []

@@ -797,11 +797,12 @@ class KVShareModel(KVSharePreTrainedModel):
             raise ValueError(
                 f"{name} with windows drops tokens: here windows are masks. Use DynamicCache()"
             )
-        whole = isinstance(cache, DynamicCache) and not getattr(cache, "offloading", False)
-        if self.config.cyclic_groups and not whole:
+        offloading = getattr(cache, "offloading", False)
+        name += " with offloading" if offloading else ""
+        if self.config.cyclic_groups and (offloading or not isinstance(cache, DynamicCache)):
             raise ValueError(
                 f"{name} cannot serve a map in which layers read higher ones: they "
-                "read the cache before the new token is in it. Use DynamicCache (the default)"
+                "read the cache before the new token is in it. Use DynamicCache() (the default)"
             )
 
 
@@ -826,6 +827,10 @@ class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _get_name(self) -> str:
+        """Trainer shifts smoothed labels of models that it knows by this name, and of no others."""
+        return "LlamaForCausalLM"
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
@@ -843,12 +848,13 @@ class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any = None,
         **more: Any,
     ) -> CausalLMOutputWithPast:
         about_loss = {name: more.pop(name, None) for name in _LOSS}
         about_loss = {name: value for name, value in about_loss.items() if value is not None}
         given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
-        output = self.model(*given, **more, return_dict=True)
+        output = self.model(*given, cache=cache, **more, return_dict=True)
         logits = self.lm_head(kept(output.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None or "shift_labels" in about_loss:
@@ -858,10 +864,17 @@ class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Any, attention_mask: Any = None, **kwargs: Any
+        self, input_ids: Any, attention_mask: Any = None, inputs_embeds: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Masks stay ``[batch, tokens]`` for every kind of cache."""
         inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, **kwargs
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         return {**inputs, "attention_mask": attention_mask}
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Several drafted tokens are checked in one forward: what greedy decoding gives only where
+        that is exact."""
+        if self.config.cyclic_groups and self.config.kv_prefill != "exact":
+            raise ValueError("assisted generation of this map needs kv_prefill='exact'")
+        return super()._assisted_decoding(*args, **kwargs)

@@ -58,8 +58,9 @@ def test_an_export_does_the_same(version, name, models):
     wanted, got = with_the_newest(models / name), used(packages, models / name)
     assert got.pop("version") == version
     assert wanted["alone"][0] == [row[3:] for row in wanted["greedy"]][1]
+    assert got["packed"] == pytest.approx(got["second alone"], abs=2e-4)
     for kind in got:
-        if kind in ("logits", "hidden"):
+        if kind in ("logits", "hidden", "packed", "second alone", "tuple", "yarn"):
             assert got[kind] == pytest.approx(wanted[kind], abs=2e-4), kind
         elif kind == "gradients":
             assert got[kind] == pytest.approx(wanted[kind], rel=1e-3, abs=2e-4)

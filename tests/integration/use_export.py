@@ -35,6 +35,16 @@ def main(folder: str) -> dict:
             TOKENS[:1], use_cache=False, **{**generate, "attention_mask": None}
         ).tolist(),
     }
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]]), "use_cache": False}
+    found["packed"] = rounded(model(TOKENS[:1], **packed).logits[:, -1])
+    found["second alone"] = rounded(model(TOKENS[:1, 4:]).logits[:, -1])
+    found["tuple"] = rounded(model(TOKENS, return_dict=False)[0][:, -1])
+    scaling = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
+    scaling["original_max_position_embeddings"] = 16
+    if model.config.model_type == "kvshare":
+        load["rope_parameters"] = scaling
+        scaled = AutoModelForCausalLM.from_pretrained(folder, **load).eval()
+        found["yarn"] = rounded(scaled(TOKENS).logits[:, -1])
     torch.manual_seed(0)
     sampling = {**generate, "do_sample": True, "top_k": 5}
     found["sampling"] = model.generate(TOKENS, **sampling).tolist()

@@ -169,6 +169,46 @@ def test_a_left_padded_batch_generates_what_each_row_does_alone(sharing, recipe,
         assert torch.equal(row[pad : pad + own.shape[1]], own[0])
 
 
+@torch.no_grad()
+@generating()
+def test_other_ways_to_ask_for_the_same_text(sharing, tokens):
+    """Drafts to check, a prompt in parts, as embeddings or with its start in a cache."""
+    model = exported(sharing, TINY.weights(sharing), RECIPES["one-sweep"], kv_prefill="exact")
+    prompt, settings = tokens[:1, :7], {**GREEDY, "pad_token_id": 0}
+    wanted = model.generate(prompt, **settings)
+    embeddings = model.get_input_embeddings()(prompt)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **settings), wanted[:, 7:])
+    started = DynamicCache()
+    model(prompt[:, :4], past_key_values=started)
+    ways = (
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": model},
+        {"prefill_chunk_size": 3},
+        {"past_key_values": started},
+        {"use_cache": False},
+        {"position_ids": torch.arange(7)[None]},
+    )
+    for way in ways:
+        assert torch.equal(model.generate(prompt, **way, **settings), wanted), way
+
+
+def test_drafts_are_refused_where_checking_them_is_not_exact(tokens):
+    model = exported(TOP, TINY.weights(TOP), RECIPES["one-sweep"])
+    with pytest.raises(ValueError, match="needs kv_prefill='exact'"):
+        model.generate(tokens[:1], prompt_lookup_num_tokens=3, **GREEDY)
+
+
+def test_a_larger_vocabulary(tokens):
+    model = exported(TOP, TINY.weights(TOP), RECIPES["one-sweep"])
+    before = model(tokens, labels=tokens)
+    model.resize_token_embeddings(TINY.vocabulary + 8, mean_resizing=False)
+    after = model(tokens, labels=tokens)
+    assert after.logits.shape[-1] == TINY.vocabulary + 8
+    assert torch.equal(after.logits[..., : TINY.vocabulary], before.logits)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model(tokens + 8, labels=tokens + 8).loss.isfinite()
+
+
 def test_padding_on_either_side_changes_no_logit(tokens):
     model = exported(TOP, TINY.weights(TOP), RECIPES["two-sweep"])
     alone = model(tokens[:1, :8]).logits

@@ -21,6 +21,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import TransformersKwargs
 
 from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
@@ -321,8 +322,9 @@ def test_caches_that_cannot_be_read_are_refused():
             model(TOKENS, past_key_values=cache)
     top = build_map(8, "sandwich-top", 3)
     cyclic = exported(top, TINY.weights(top))
-    for cache in (DynamicCache(offloading=True), StaticCache(cyclic.config, max_cache_len=20)):
-        with pytest.raises(ValueError, match="Use DynamicCache"):
+    moved, static = DynamicCache(offloading=True), StaticCache(cyclic.config, max_cache_len=20)
+    for cache, name in ((moved, "DynamicCache with offloading"), (static, "StaticCache")):
+        with pytest.raises(ValueError, match=f"{name} cannot serve a map"):
             cyclic(TOKENS, past_key_values=cache)
 
 
@@ -344,6 +346,11 @@ def test_attention_implementations_without_masks_are_refused(name):
     model.config._attn_implementation = name
     with pytest.raises(ValueError, match="take sdpa, eager or flash_attention"):
         model(TOKENS)
+
+
+def test_trainer_shifts_smoothed_labels():
+    """It does for the causal models in its list; the whole training is in test_trainer."""
+    assert ours()._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def test_position_ids_need_the_shape_of_the_tokens():
