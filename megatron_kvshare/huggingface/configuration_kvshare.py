@@ -88,7 +88,8 @@ class KVShareConfig(PretrainedConfig):
     """
 
     model_type = "kvshare"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # as transformers reads it
+    # As transformers reads it, by the name before and from 5.24.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,

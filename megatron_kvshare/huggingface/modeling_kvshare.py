@@ -216,10 +216,11 @@ def document_ends(
     """What each argument says of the ends of documents: ``[b, s - 1]``, True where one is.
 
     As in transformers, a document ends where position ids do not go up by one; beside a mask or a
-    cache (``gaps``) a step forward is no end, and between real tokens only are there steps.
+    cache (``gaps``) a step forward is no end.
     """
     ends = {}
     if position_ids is not None:
+        # Padding is below all positions: between real tokens only are there steps.
         positions = position_ids if real is None else position_ids.where(real[:, -shape[1] :], -1)
         highest = positions.cummax(-1).values
         back = bool(((positions[:, 1:] >= 0) & (positions[:, 1:] <= highest[:, :-1])).any())
@@ -675,8 +676,7 @@ def check_order(
     cache_position: torch.Tensor | None, position_ids: torch.Tensor | None, past: int, length: int
 ) -> None:
     """New tokens come after those in the cache, one after another, each with one position."""
-    order = list(range(past, past + length))
-    if cache_position is not None and cache_position.tolist() != order:
+    if cache_position is not None and cache_position.tolist() != [*range(past, past + length)]:
         raise ValueError(f"cache_position must count up from {past}, the tokens in the cache")
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[1] != length):
         raise ValueError(
@@ -733,7 +733,11 @@ class KVShareModel(KVSharePreTrainedModel):
         refuse(more)
         self.config.check()
         self._check_attention()
-        cache = past_key_values if cache is None else cache  # its names before and from 5.24
+        if cache is not None and past_key_values is not None:
+            raise ValueError(
+                "give either cache or past_key_values, its name before transformers 5.24"
+            )
+        cache = past_key_values if cache is None else cache
         self._check_cache(cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")

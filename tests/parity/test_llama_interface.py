@@ -322,6 +322,8 @@ def test_caches_that_cannot_be_read_are_refused():
             model(TOKENS, past_key_values=cache)
     top = build_map(8, "sandwich-top", 3)
     cyclic = exported(top, TINY.weights(top))
+    with pytest.raises(ValueError, match="either cache or past_key_values"):
+        model(TOKENS, cache=DynamicCache(), past_key_values=DynamicCache())
     moved, static = DynamicCache(offloading=True), StaticCache(cyclic.config, max_cache_len=20)
     for cache, name in ((moved, "DynamicCache with offloading"), (static, "StaticCache")):
         with pytest.raises(ValueError, match=f"{name} cannot serve a map"):
@@ -348,9 +350,13 @@ def test_attention_implementations_without_masks_are_refused(name):
         model(TOKENS)
 
 
-def test_trainer_shifts_smoothed_labels():
-    """It does for the causal models in its list; the whole training is in test_trainer."""
-    assert ours()._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+def test_trainer_knows_what_to_do_with_labels_and_outputs():
+    """It shifts smoothed labels for causal models in its list, and takes what is not to be ignored
+    for predictions; the whole training is in test_trainer."""
+    model = ours()
+    assert model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    found = set(model(TOKENS, labels=TOKENS, use_cache=True))
+    assert found - set(model.config.keys_to_ignore_at_inference) == {"loss", "logits"}
 
 
 def test_position_ids_need_the_shape_of_the_tokens():
