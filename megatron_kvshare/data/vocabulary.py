@@ -59,9 +59,9 @@ def _from_tokenizer(data: DataConfig, vocab_size: int | None) -> Vocabulary | No
     is_null = data.tokenizer_type == "NullTokenizer"
     if data.tokenizer_model is None and not (is_null and vocab_size):
         return None
-    tokenizer = load_tokenizer(
-        data.tokenizer_type, data.tokenizer_model, vocab_size, data.trust_remote_code
-    )
+    kind, model = data.tokenizer_type, data.tokenizer_model
+    trusted = data.trust_remote_code
+    tokenizer = load_tokenizer(kind, model, vocab_size, trust_remote_code=trusted)
     return Vocabulary(tokenizer.vocab_size, tokenizer.eod, tokenizer.fingerprint)
 
 

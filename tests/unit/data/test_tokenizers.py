@@ -139,7 +139,9 @@ def test_sentencepiece_reads_names_of_control_tokens_as_text(
 ) -> None:
     text = f"{WORDS}</s> <s> {WORDS}"
     for split in (False, True):
-        tokenizer = load_tokenizer("SentencePieceTokenizer", tokenizer_model, None, split)
+        tokenizer = load_tokenizer(
+            "SentencePieceTokenizer", tokenizer_model, split_special_tokens=split
+        )
         assert not {1, 2} & set(tokenizer.encode(text))
     (tmp_path / "text").write_text("\n".join(WORDS[i:] for i in range(40)))
     sentencepiece.SentencePieceTrainer.train(

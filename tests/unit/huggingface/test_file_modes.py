@@ -36,9 +36,9 @@ def test_files_and_folders_follow_the_umask(umask, single, tmp_path, monkeypatch
     code.mkdir()
     made.mkdir()
     for name in export.CODE:
-        shutil.copyfile(export._HERE / name, code / name)
+        shutil.copyfile(export.HERE / name, code / name)
         (code / name).chmod(0o500)
-    monkeypatch.setattr(export, "_HERE", code)
+    monkeypatch.setattr(export, "HERE", code)
     (tmp_path / "text.txt").write_text("shared keys and values make a small cache\n" * 50)
     hf = write_folder(tmp_path / "hf", TOP, tiny=TINY.but(vocabulary=288))
     text, tokenizer = str(tmp_path / "text.txt"), str(made / "tok.model")
