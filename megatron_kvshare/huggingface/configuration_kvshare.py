@@ -48,19 +48,16 @@ def _one_rope(
     given: Mapping[str, Any] | None, older: dict[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """``rope_parameters`` of themselves and of what older files say beside them; contradictions."""
-    rope = dict(given or {})
     beside = {name: value for name, value in older.items() if value is not None}
-    beside |= dict(beside.pop("rope_scaling", {}))
-    for names in (rope, beside):
-        if "type" in names:
-            names.setdefault("rope_type", names.pop("type"))
-    faults = [
-        f"{name} is {rope[name]!r} in rope_parameters and {value!r} beside them"
-        for name, value in beside.items()
-        if rope.get(name, value) != value
-    ]
-    usual = {"rope_type": "default", "rope_theta": 10000.0}
-    return {**usual, **beside, **rope}, faults
+    rope: dict[str, Any] = {}
+    faults = []
+    for said in (dict(given or {}), dict(beside.pop("rope_scaling", {})), beside):
+        if "type" in said:
+            said.setdefault("rope_type", said.pop("type"))
+        for name, value in said.items():
+            if rope.setdefault(name, value) != value:
+                faults.append(f"{name} is {rope[name]!r} in one place and {value!r} in another")
+    return {"rope_type": "default", "rope_theta": 10000.0, **rope}, faults
 
 
 class KVShareConfig(PretrainedConfig):

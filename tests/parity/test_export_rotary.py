@@ -58,11 +58,15 @@ NO_ROPE = {
     "differ between kinds of layers": {
         "rope_parameters": {"full_attention": ROPES["default"], "sliding_attention": ROPES["yarn"]}
     },
-    "rope_theta is 7.0 in rope_parameters and 8.0 beside": {
+    "rope_theta is 7.0 in one place and 8.0 in another": {
         "rope_parameters": {"rope_theta": 7.0},
         "rope_theta": 8.0,
     },
-    "factor is 4.0 in rope_parameters and 2.0 beside": {
+    "rope_theta is 5.0 in one place and 6.0 in another": {
+        "rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5.0},
+        "rope_theta": 6.0,
+    },
+    "factor is 4.0 in one place and 2.0 in another": {
         "rope_parameters": ROPES["linear"],
         "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     },
