@@ -40,6 +40,14 @@ class Tokenizer(Protocol):
         """Text of token ids."""
         ...
 
+    def piece(self, token: int) -> str:
+        """What the vocabulary calls a token."""
+        ...
+
+    def spellings(self) -> list[str]:
+        """For every token id a text that it could stand for; its name where it stands for none."""
+        ...
+
 
 def load_tokenizer(
     kind: str,
@@ -118,6 +126,14 @@ class NullTokenizer:
         """Write the numbers."""
         return " ".join(map(str, ids))
 
+    def piece(self, token: int) -> str:
+        """The number."""
+        return str(token)
+
+    def spellings(self) -> list[str]:
+        """All numbers."""
+        return [str(token) for token in range(self.vocab_size)]
+
 
 class SentencePieceTokenizer:
     """A SentencePiece ``.model`` file; its end-of-sentence token ends documents.
@@ -156,6 +172,14 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
         return str(self._processor.decode(list(ids)))
+
+    def piece(self, token: int) -> str:
+        """What the vocabulary calls a token."""
+        return str(self._processor.id_to_piece(token))
+
+    def spellings(self) -> list[str]:
+        """All pieces, spaces as spaces."""
+        return [self.piece(token).replace("▁", " ") for token in range(self.vocab_size)]
 
 
 class HuggingFaceTokenizer:
@@ -237,6 +261,14 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def piece(self, token: int) -> str:
+        """What the vocabulary calls a token."""
+        return str(self._tokenizer.id_to_token(token))
+
+    def spellings(self) -> list[str]:
+        """What every token alone decodes to, and its name where that is something else."""
+        return [self.decode([token]) or self.piece(token) for token in range(self.vocab_size)]
 
 
 def _refuse_code(folder: Path) -> None:

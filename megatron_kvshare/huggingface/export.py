@@ -18,6 +18,7 @@ from megatron_kvshare.huggingface.card import model_card
 from megatron_kvshare.huggingface.own_code import CODE, HERE
 from megatron_kvshare.huggingface.settings import is_plain_llama, to_config
 from megatron_kvshare.huggingface.tokenizer import write_tokenizer
+from megatron_kvshare.huggingface.tokenizer_proof import prove_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,12 @@ def _write(
     done: Callable[[int, int], None],
 ) -> None:
     description = stored.description
-    tokens = write_tokenizer(*tokenizer, folder).ids if tokenizer else {}
+    written = write_tokenizer(*tokenizer, folder) if tokenizer else None
+    tokens = written.ids if written else {}
     config = to_config(description, weights_dtype(stored), tokens)
     folders.write_json(folder / folders.CONFIG, config)
+    if tokenizer and written:
+        prove_tokenizer(tokenizer[0], folder, written.rules)
     generation = {"_from_model_config": True, "do_sample": False, **tokens}
     folders.write_json(folder / "generation_config.json", generation)
     if not is_plain_llama(description.map):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_kvshare.data.tokenizers import HuggingFaceTokenizer
-from megatron_kvshare.huggingface.tokenizer import SAMPLES, write_tokenizer
+from megatron_kvshare.huggingface.tokenizer import write_tokenizer
 
+TEXTS = ["Fellow-Citizens of the Senate and House of Representatives:", "a tab\tand\n\n1,234.56"]
 ENDS = ["</s>", "<end>", "<begin>"]
 ORIGINS: dict[str, dict[str, object]] = {
     "older settings": {"special_tokens_map": {"eos_token": "<end>", "bos_token": "<begin>"}},
@@ -34,7 +35,7 @@ def test_special_tokens_of_an_export(
     for folder in (origin, export):
         folder.mkdir()
     fast = tokenizers.ByteLevelBPETokenizer()
-    fast.train_from_iterator(SAMPLES, vocab_size=320, special_tokens=ENDS)
+    fast.train_from_iterator(TEXTS, vocab_size=320, special_tokens=ENDS)
     if as_vocabulary:  # vocab.json and merges.txt, which say neither what they are nor what ends
         fast.save_model(str(origin))
         config = {**settings.get("tokenizer_config", {}), "tokenizer_class": "GPT2Tokenizer"}
@@ -50,4 +51,7 @@ def test_special_tokens_of_an_export(
     assert written.eos == found.eos_token_id == expected.eos_token_id
     assert written.eos in (1, None)
     if not as_vocabulary:  # GPT2Tokenizer's usual begin is not in this vocabulary
-        assert written.bos == found.bos_token_id == expected.bos_token_id
+        assert written.bos == expected.bos_token_id
+        # A begin that is a plain piece is not named: transformers would find it in texts.
+        plain = settings is ORIGINS["begin in the vocabulary alone"]
+        assert found.bos_token_id == (None if plain else expected.bos_token_id)
