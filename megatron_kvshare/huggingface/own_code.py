@@ -79,6 +79,8 @@ def _file(reference: str) -> str:
 
 def _is_ours(folder: Path, reference: str) -> bool:
     """Whether ``module.Class`` names a file of ours; one that is not there runs nothing."""
+    if "--" in reference:
+        return False  # of another repository
     file = folder / _file(reference)
     return is_ours(file) or (file.name in CODE and not file.exists())
 

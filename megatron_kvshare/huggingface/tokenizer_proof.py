@@ -85,7 +85,8 @@ def _batches(texts: Iterable[str], size: int = 4096) -> Iterator[list[str]]:
         if len(batch) == size:
             yield batch
             batch = []
-    yield batch
+    if batch:
+        yield batch
 
 
 def _difference(

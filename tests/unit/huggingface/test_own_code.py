@@ -98,6 +98,10 @@ FOREIGN: dict[str, tuple[Change, str]] = {
         entry("config.json", "auto_map", {"AutoConfig": "them/theirs--configuration_kvshare.C"}),
         "them/theirs--",
     ),
+    "a folder of a repository": (
+        entry("config.json", "auto_map", {"AutoConfig": "them--x/configuration_kvshare.C"}),
+        "them--x/",
+    ),
     "a tokenizer": (
         entry("tokenizer_config.json", "auto_map", {"AutoTokenizer": [None, "mine.Mine"]}),
         "tokenizer_config.json: auto_map",
