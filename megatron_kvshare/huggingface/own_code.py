@@ -18,6 +18,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _SHIPPED = {
     "configuration_kvshare.py": (
         "84a2c0be9098e20ec0d81bd3e0c5523095b8fa35b5315dbcbcb4fff063d556d0",
+        "0b03d314c0cc9f2aa75803940f37abf3f75c1a2dd30592b397a8db706b4875b5",
+        "a27077a60f492cecf702bc6aaac758094e44650ce21a47c13c44cbb005ed551c",
+        "2e0d369245e8f4ba03416439387ab154c55659480c08f0443b1c8df9b15b01f7",
     ),
     "modeling_kvshare.py": (
         "cc22433714d1f6ee898ae2abe2480d37285b77f39a9202a5d0fa69da34f644e4",
@@ -25,6 +28,8 @@ _SHIPPED = {
         "3af4babb33e880d534338efb2c6c90b5192742758671cf14a0245b6dd3f35b7d",
         "98aad76438e65af45aabe811c465ec025bee2004f7002aa59321bed56ca2f45e",
         "8b836a5d62a8b803dbbe22ee80923ebf3514e3aab42e5e01b84f18c61e82019d",
+        "510b3e5715ade1169199f402ba41494995d33776da1d0cd0c4085ef87cfc9b48",
+        "3dbb5d2e377b4b5e9ba80f1d7322412e6f9989f0161c31e76bfb95cf0dc0d197",
     ),
 }
 """SHA-256 of every version that was ever exported, oldest first. The present files need no entry;
