@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_kvshare import __version__
 from megatron_kvshare.cli import preflight_facts as known
+from megatron_kvshare.cli.job import told_once
 from megatron_kvshare.cli.preflight_facts import Facts, size
 from megatron_kvshare.cli.roll_call import RollCall
 from megatron_kvshare.config.preflight import PreflightConfig, parse_preflight
@@ -36,8 +37,9 @@ def run(argv: Sequence[str]) -> int:
         SystemExit: on the other ranks, with the same exit code.
     """
     started = time.monotonic()
-    config = parse_preflight(argv)
-    call = RollCall(config.timeout_seconds)
+    with told_once():
+        config = parse_preflight(argv)
+        call = RollCall(config.timeout_seconds)
     with _probe(config, call) as probe:
         mine = asdict(known.facts_here(config, call.rank, probe))
         answers = call.settle("facts", mine, lambda given: _wrong(config, given))

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from megatron_kvshare.checkpoint.recipe import with_recipe_of_checkpoint
+from megatron_kvshare.cli.job import told_once
 from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.launch import launched, speaks
 from megatron_kvshare.config.pipeline import placement
 from megatron_kvshare.config.pretrain import (
     batch_layout,
@@ -30,8 +32,10 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         0, or EXIT_STOPPED where training was stopped before its last step.
     """
-    config = parse_pretrain(argv, completed=partial(with_recipe_of_checkpoint, say=_note))
-    if _is_first():
+    completed = partial(with_recipe_of_checkpoint, say=_note)
+    with told_once():
+        config = parse_pretrain(argv, completed=completed, starts=True)
+    if speaks():
         for warning in pretrain_warnings(config):
             complain(f"warning: {warning}")
     # torch and megatron-core take seconds to import: not before the configuration is right.
@@ -41,12 +45,8 @@ def run(argv: Sequence[str]) -> int:
     return EXIT_STOPPED if _train(config, argv) and not _would_start_again() else 0
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _note(text: str) -> None:
-    if _is_first():
+    if speaks():
         complain(f"note: {text}")
 
 
@@ -65,7 +65,7 @@ def _plan(config: PretrainConfig) -> None:
     size = world_size(config)
     vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
     data = plan_data(config.data, data_request(config, batch_layout(config, size), vocabulary))
-    if _is_first():
+    if speaks():
         print(report.start(config, data, size, device="planned"))
         print("Dry run: nothing was trained.")
 
@@ -86,6 +86,7 @@ def _train(config: PretrainConfig, argv: Sequence[str]) -> bool:
             placement(config.model, config.sharing, config.parallel).chunks,
             config.parallel.distributed_backend,
             config.parallel.distributed_timeout_minutes,
+            launched(),
         )
         typed = Typed(_command(argv), _program("kvshare", "megatron_kvshare"))
         return bool(pretrain(config, state, typed).stopped_by)

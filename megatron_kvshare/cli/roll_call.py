@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
+from megatron_kvshare.config.launch import launched
 from megatron_kvshare.errors import Fault, KVShareError, LostError, runs
 
 Judge = Callable[[Sequence[Any]], KVShareError | None]
@@ -34,10 +35,10 @@ class RollCall:
         """Meet at ``MASTER_ADDR:MASTER_PORT``; rank and world size are the launcher's.
 
         Raises:
+            ConfigError: the launcher's variables cannot be true.
             LostError: the first rank is not there in time.
         """
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size, _ = launched()
         self._timeout = timeout_seconds
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         port = int(os.environ.get("MASTER_PORT", 0))

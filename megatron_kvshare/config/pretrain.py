@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_kvshare.config.cli import Command, parse
+from megatron_kvshare.config.launch import launch_faults, number_faults
 from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
 from megatron_kvshare.config.pipeline import PIPELINE_RULES, microbatch_faults
 from megatron_kvshare.config.rule import Rule, broken
@@ -24,7 +25,7 @@ from megatron_kvshare.config.rules_solver import (
     subsets_fit_sequence_parallel,
 )
 from megatron_kvshare.config.schema import PretrainConfig
-from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.errors import Fault
 from megatron_kvshare.sharing import patterns
 
 _DESCRIPTION = """
@@ -72,31 +73,43 @@ def parse_pretrain(
     argv: Sequence[str],
     environ: Mapping[str, str] = os.environ,
     completed: Callable[[PretrainConfig], PretrainConfig] | None = None,
+    starts: bool = False,
 ) -> PretrainConfig:
     """The checked configuration of a run.
 
     Args:
         argv: arguments after ``kvshare pretrain``.
-        environ: ``WORLD_SIZE`` of torchrun is read from it.
+        environ: what launchers say of this process is read from it.
         completed: fills in what a checkpoint says, before the rules are checked.
+        starts: this process is about to become one of the run's, so all that its launcher says
+            is checked.
 
     Raises:
         ConfigError: with every fault at once.
     """
 
+    def launch_fits(config: PretrainConfig) -> Iterable[Fault]:
+        whole = starts and not config.dry_run
+        return launch_faults(environ) if whole else number_faults(environ)
+
     def processes_fit(config: PretrainConfig) -> list[Fault]:
+        if any(number_faults(environ)):
+            return []
         return _process_faults(config, world_size(config, environ))
 
     reads = (
         "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"
         " micro_batch_size global_batch_size"
     )
-    processes = Rule(processes_fit, frozenset(reads.split()))
+    processes = (
+        Rule(launch_fits, frozenset({"dry_run"})),
+        Rule(processes_fit, frozenset(reads.split())),
+    )
     command = Command(
         prog="kvshare pretrain",
         description=_DESCRIPTION,
         examples=_EXAMPLES,
-        rules=(*_LAYOUT_RULES, *RUN_RULES, processes),
+        rules=(*_LAYOUT_RULES, *RUN_RULES, *processes),
         megatron=MEGATRON_FLAGS,
         completed=completed,
     )
@@ -118,14 +131,10 @@ def _process_faults(config: PretrainConfig, world_size: int) -> list[Fault]:
 
 
 def world_size(config: PretrainConfig, environ: Mapping[str, str] = os.environ) -> int:
-    """Number of processes. A dry run outside torchrun plans for one copy of the model."""
-    given = environ.get("WORLD_SIZE")
-    if given is not None:
-        if not given.isdecimal() or int(given) < 1:
-            rule_text = "the number of processes must be a whole number of at least 1"
-            fix = "start with torchrun, which sets it, or unset WORLD_SIZE"
-            raise ConfigError(Fault("environment variable WORLD_SIZE", given, rule_text, fix))
-        return int(given)
+    """Number of processes, of which the rules have seen that it is one. A dry run outside torchrun
+    plans for one copy of the model."""
+    if "WORLD_SIZE" in environ:
+        return int(environ["WORLD_SIZE"])
     return config.parallel.model_parallel_size if config.dry_run else 1
 
 

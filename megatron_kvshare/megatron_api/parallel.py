@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_kvshare.config.launch import Launch, launched
 from megatron_kvshare.megatron_api.platform import Platform, activate
 
 
@@ -47,12 +48,6 @@ class ParallelState:
         return all_reduce_(all_reduce_(tensor, self.tp_group), self.dp_group)
 
 
-def launched_world() -> tuple[int, int, int]:
-    """(rank, world size, local rank) as torchrun announces them; (0, 1, 0) without a launcher."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
-
-
 _STORE_TIMEOUT = timedelta(seconds=10)
 _COLLECTIVE_GRACE = timedelta(minutes=1)
 """How much later than the watchdog, which knows more, a collective gives up by itself."""
@@ -74,8 +69,8 @@ def _of_this_start(store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _start_process_group(platform: Platform, timeout: timedelta) -> None:
-    rank, world_size, _ = launched_world()
+def _start_process_group(platform: Platform, place: Launch, timeout: timedelta) -> None:
+    rank, world_size, _ = place
     if world_size == 1:
         dist.init_process_group(
             platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
@@ -98,12 +93,19 @@ def initialize(
     virtual_stages: int = 1,
     backend: str = "auto",
     timeout_minutes: float = 10.0,
+    place: Launch | None = None,
 ) -> ParallelState:
     """Start ``torch.distributed`` if nobody has, and megatron-core's groups for this layout;
-    ``virtual_stages``: of each pipeline rank."""
-    platform = activate(backend, launched_world()[2])
+    ``virtual_stages``: of each pipeline rank; ``place``: None: what the launcher says.
+
+    Raises:
+        ConfigError: the launcher's variables cannot be true.
+    """
+    place = place or launched()
+    platform = activate(backend, place.local_rank)
     if not dist.is_initialized():
-        _start_process_group(platform, timedelta(minutes=timeout_minutes) + _COLLECTIVE_GRACE)
+        timeout = timedelta(minutes=timeout_minutes) + _COLLECTIVE_GRACE
+        _start_process_group(platform, place, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
@@ -121,12 +123,13 @@ def is_initialized() -> bool:
 
 @contextlib.contextmanager
 def alone(backend: str = "gloo") -> Iterator[ParallelState]:
-    """This process as a world of one, for work on whole models; groups that are there are kept."""
+    """This process as a world of one, for work on whole models, whatever has started it; groups
+    that are there are kept."""
     if is_initialized():
         yield current_state(activate(backend))
         return
     try:
-        yield initialize(backend=backend)
+        yield initialize(backend=backend, place=Launch())
     finally:
         destroy()
 
