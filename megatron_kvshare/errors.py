@@ -81,6 +81,12 @@ class CheckpointError(KVShareError):
     title = "checkpoint error"
 
 
+class OwnershipError(KVShareError):
+    """A folder or file is another process's to write, or has become that."""
+
+    title = "ownership error"
+
+
 class TrainingError(KVShareError):
     """Training cannot continue (for example: too many steps with NaN gradients)."""
 

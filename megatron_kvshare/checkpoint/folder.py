@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.ownership.aside import aside, remove, remove_leftovers
 
 TRACKER = "latest_checkpointed_iteration.txt"
+OLD = ".old"
+"""Ending of a checkpoint while another one takes its name."""
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -52,20 +56,24 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def begin(target: Path) -> Path:
-    """Make and return the empty folder in which ``target`` is written aside."""
-    discard(target)
-    aside = _aside(target)
-    aside.mkdir(parents=True)
-    return aside
+    """Make and return the empty folder in which ``target`` is written aside; what killed runs were
+    writing goes."""
+    remove_leftovers(target.parent, r"iter_\d+")
+    partial = aside(target)
+    partial.mkdir(parents=True)
+    return partial
 
 
-def discard(target: Path) -> None:
-    """Remove what was written aside for ``target``, as far as that can be done."""
-    shutil.rmtree(_aside(target), ignore_errors=True)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(target.name + ".partial")
+def repair(root: Path) -> None:
+    """Give back its name to a checkpoint that was being replaced when the process was killed, as
+    far as that can be done; for the owner of ``root``."""
+    for old in root.glob(f"iter_*{OLD}"):
+        target = old.with_name(old.name.removesuffix(OLD))
+        with contextlib.suppress(OSError):
+            if os.path.lexists(target):
+                remove(old)
+            else:
+                old.rename(target)
 
 
 class Candidates(NamedTuple):
@@ -81,8 +89,22 @@ def candidates(root: Path) -> Candidates:
 
     Where the tracker cannot be used (missing or cut off, or it names a folder that is gone) all
     there are, newest first: a folder gets its name when it is complete.
+
+    Raises:
+        CheckpointError: the folder, or something in it, cannot be looked at.
     """
-    numbers = [path.name[5:] for path in root.glob("iter_*") if path.is_dir()]
+    try:
+        return _candidates(root)
+    except OSError as error:
+        rule = "whether there are checkpoints in it cannot be seen"
+        fix = "see that its disk is there and that you may read it"
+        raise CheckpointError(Fault(str(root), str(error), rule, fix)) from error
+
+
+def _candidates(root: Path) -> Candidates:
+    names = os.listdir(root) if root.is_dir() else []
+    paths = [root / name for name in names if name.startswith("iter_")]
+    numbers = [path.name[5:] for path in paths if path.is_dir()]
     there = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
     try:
         named = latest_iteration(root)
@@ -95,7 +117,11 @@ def candidates(root: Path) -> Candidates:
 
 def flush(folder: Path) -> None:
     """Make sure that the files of ``folder``, and their names, are on the disk."""
-    for path in (*folder.iterdir(), folder):
+    _sync(*folder.iterdir(), folder)
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -103,26 +129,27 @@ def flush(folder: Path) -> None:
             os.close(handle)
 
 
-def publish(aside: Path, target: Path, iteration: int) -> None:
-    """Rename the complete ``aside`` to ``target``, then point the tracker at it."""
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
+def publish(partial: Path, target: Path, iteration: int) -> None:
+    """Rename the complete ``partial`` to ``target``, then point the tracker at it."""
+    old = target.with_name(target.name + OLD)
+    if os.path.lexists(target):
+        remove(old)
         target.rename(old)
     try:
-        aside.rename(target)
+        partial.rename(target)
     except OSError:
-        if old.exists():
+        if os.path.lexists(old):
             old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     tracker = target.parent / TRACKER
-    draft = tracker.with_suffix(".partial")
+    remove_leftovers(target.parent, re.escape(TRACKER))
+    draft = aside(tracker)
     try:
         draft.write_text(f"{iteration}\n", encoding="utf-8")
-        flush(target.parent)
+        _sync(draft, target.parent)
         os.replace(draft, tracker)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
-    flush(target.parent)
+    _sync(target.parent)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_kvshare.checkpoint.manifest import Manifest
 from megatron_kvshare.checkpoint.parts import Part
 from megatron_kvshare.checkpoint.retention import KEEP_ALL, Keep
-from megatron_kvshare.checkpoint.save import Written, write_checkpoint
+from megatron_kvshare.checkpoint.save import Check, Written, nobody_else, write_checkpoint
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
 
@@ -26,11 +26,14 @@ class Saver:
     communication, and one save is finished before the next is begun.
     """
 
-    def __init__(self, settings: CheckpointConfig, state: ParallelState) -> None:
+    def __init__(
+        self, settings: CheckpointConfig, state: ParallelState, check: Check = nobody_else
+    ) -> None:
+        """``check``: asked on the first rank before anything gets its name or goes."""
         assert settings.save is not None
         self._root = Path(settings.save)
         self._keep = Keep(settings.keep_last, settings.keep_every)
-        self._state = state
+        self._state, self._check = state, check
         self._group = dist.new_group(backend="gloo") if settings.async_save else None
         self._copies: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._running: Future[Written] | None = None
@@ -99,7 +102,8 @@ class Saver:
             running.set_exception(error)
 
     def _write(self, manifest: Manifest, parts: Sequence[Part], keep: Keep) -> Written:
-        return write_checkpoint(self._root, manifest, parts, self._state, self._group, keep)
+        how = (self._state, self._group, keep, self._check)
+        return write_checkpoint(self._root, manifest, parts, *how)
 
     def _copied(self, parts: Sequence[Part]) -> list[Part]:
         """Copies in host memory, which is kept: finding new memory costs more than copying."""

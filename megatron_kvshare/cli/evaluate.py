@@ -18,6 +18,7 @@ from megatron_kvshare.cli.progress import ProgressLine
 from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.types import SCHEMA, Count, Index, dataclass
 from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.ownership.owner import file_place, owned
 
 _EXAMPLES = """\
   kvshare evaluate --load runs/my/checkpoint --data-path runs/my_text_document --split 90,10,0
@@ -180,13 +181,13 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 def _write(folder: Path, config: EvaluateConfig, rows: list[dict[str, Any]]) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"model": config.load or config.hf, "results": rows}
-        (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-        with (folder / "results.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["on", "metric", "value"])
-            writer.writeheader()
-            writer.writerows(rows)
+        with owned(file_place("--output", str(folder / "results"))):
+            content = {"model": config.load or config.hf, "results": rows}
+            (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+            with (folder / "results.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, ["on", "metric", "value"])
+                writer.writeheader()
+                writer.writerows(rows)
     except OSError as error:
         fix = "give a folder that can be written"
         raise ConfigError(

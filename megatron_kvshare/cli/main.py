@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from megatron_kvshare import __version__
 from megatron_kvshare.errors import EXIT_USER_ERROR, ConfigError, Fault, KVShareError
-from megatron_kvshare.train.console import drop_unwritten
+from megatron_kvshare.output import drop_unwritten
 
 EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
 EXIT_BROKEN_PIPE = 141  # what a shell reports for SIGPIPE

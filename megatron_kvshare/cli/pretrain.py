@@ -23,7 +23,7 @@ from megatron_kvshare.config.pretrain import (
     world_size,
 )
 from megatron_kvshare.errors import EXIT_STOPPED
-from megatron_kvshare.train.console import complain
+from megatron_kvshare.output import complain
 
 
 def run(argv: Sequence[str]) -> int:

@@ -26,6 +26,7 @@ from megatron_kvshare.data.documents import DocumentReader, RawDocument, TextDoc
 from megatron_kvshare.data.publish import INDEX, NOTES, TOKENS, publish
 from megatron_kvshare.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_kvshare.errors import DataError, Fault
+from megatron_kvshare.ownership.owner import file_place, owned
 
 _BATCH_BYTES = 1 << 19
 _BATCHES_PER_WORKER = 3
@@ -194,6 +195,7 @@ def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = N
 
     Raises:
         DataError: broken input, tokenizer or output folder; nothing is left behind then.
+        OwnershipError: another process writes the same files.
     """
     reader = DocumentReader(job.inputs, job.text_documents)
     tokenizer = job.load_tokenizer()
@@ -207,6 +209,7 @@ def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = N
     progress = Progress(total_bytes=reader.total_bytes)
     try:
         with ExitStack() as stack:
+            stack.enter_context(owned(*(file_place("--output-prefix", p) for p in job.prefixes)))
             outputs = _Outputs(job, tokenizer)
             stack.callback(outputs.discard)
             for encoded in _encode_all(encoder, _batches(reader), stack):

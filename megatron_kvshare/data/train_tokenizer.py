@@ -18,6 +18,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from megatron_kvshare.data.documents import DocumentReader
 from megatron_kvshare.errors import DataError, Fault
+from megatron_kvshare.ownership.aside import aside, remove_leftovers
+from megatron_kvshare.ownership.owner import file_place, owned
 
 MAX_SENTENCE_BYTES = 4192
 """SentencePiece's trainer leaves out longer lines without an error."""
@@ -54,36 +56,38 @@ def train_tokenizer(job: TokenizerJob) -> TrainedTokenizer:
     Raises:
         DataError: broken or empty input, a vocabulary that does not fit the text, an unwritable
         folder.
+        OwnershipError: another process writes the same files.
     """
     sentences = _Sentences(DocumentReader(job.inputs, text_documents="line"), job.json_key)
     files = Path(job.output + ".model"), Path(job.output + ".vocab")
     buffer = io.BytesIO()
     try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=buffer,
-            vocab_size=job.vocab_size,
-            input_sentence_size=job.max_sentences,
-            shuffle_input_sentence=job.max_sentences > 0,
-            max_sentence_length=MAX_SENTENCE_BYTES,
-            character_coverage=job.character_coverage,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            num_threads=1,  # written into the model: any other choice would depend on the machine
-            minloglevel=2,
-        )
-        content = buffer.getvalue()
-        _write(files[0], content)
-        _write(files[1], _vocabulary_text(SentencePieceProcessor(model_proto=content)).encode())
+        with owned(file_place("--output", job.output)):
+            SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences),
+                model_writer=buffer,
+                vocab_size=job.vocab_size,
+                input_sentence_size=job.max_sentences,
+                shuffle_input_sentence=job.max_sentences > 0,
+                max_sentence_length=MAX_SENTENCE_BYTES,
+                character_coverage=job.character_coverage,
+                model_type="bpe",
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                # Written into the model: any other choice would depend on the machine.
+                num_threads=1,
+                minloglevel=2,
+            )
+            content = buffer.getvalue()
+            _write(files[0], content)
+            _write(files[1], _vocabulary_text(SentencePieceProcessor(model_proto=content)).encode())
     except OSError as error:
         if sentences.fault is None:
             fix = "give a folder that can be written"
@@ -170,6 +174,7 @@ def _vocabulary_text(processor: SentencePieceProcessor) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    remove_leftovers(path.parent, re.escape(path.name))
+    partial = aside(path)
     partial.write_bytes(content)
     os.replace(partial, path)

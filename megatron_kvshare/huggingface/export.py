@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from megatron_kvshare.huggingface.own_code import CODE, HERE
 from megatron_kvshare.huggingface.settings import is_plain_llama, to_config
 from megatron_kvshare.huggingface.tokenizer import write_tokenizer
 from megatron_kvshare.huggingface.tokenizer_proof import prove_tokenizer
+from megatron_kvshare.ownership.aside import aside, remove, remove_leftovers
+from megatron_kvshare.ownership.owner import file_place, owned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,9 @@ def export(
         CheckpointError: the folder is in the way, the tokenizer is not that of the training, ...
     """
     tokenizer = _tokenizer(stored, job)
-    with written_aside(job.save) as aside:
-        _write(stored, job, tokenizer, aside, done)
-        prove(aside)
+    with written_aside(job.save) as partial:
+        _write(stored, job, tokenizer, partial, done)
+        prove(partial)
 
 
 @contextlib.contextmanager
@@ -57,24 +60,26 @@ def written_aside(target: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: ``target`` is there and not empty.
+        OwnershipError: another process writes it.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         rule, fix = "there is something already", "give a new folder, or remove it first"
         raise CheckpointError(Fault("--save", str(target), rule, fix))
-    aside = target.with_name(target.name + ".partial")
+    partial = aside(target)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
+        with owned(file_place("--save", str(target))):
+            remove_leftovers(target.parent, re.escape(target.name))
+            partial.mkdir()
+            yield partial
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
     except OSError as error:
         fix = "free space or permissions there, or choose another folder"
         rule = f"it cannot be written: {error}"
         raise CheckpointError(Fault("--save", str(target), rule, fix)) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(partial)
 
 
 def _write(

@@ -229,6 +229,6 @@ def write_down(run: Run, result: StepResult) -> None:
         path = Path(run.config.checkpoint.save) / SKIPPED_BATCHES
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(path, record)
+            append_line(path, record, run.owner.holds)
         except OSError as error:
             warn(run.state, f"{path} cannot be written: {error.strerror}")

@@ -20,7 +20,7 @@ from megatron_kvshare.train.metrics import Metrics, residual_fields
 from megatron_kvshare.train.run import Orders, Run, StepResult
 from megatron_kvshare.train.saving import save, settle
 from megatron_kvshare.train.step import evaluate, train_step
-from megatron_kvshare.train.stopping import StopWish, reason
+from megatron_kvshare.train.stopping import LOST, StopWish, reason
 from megatron_kvshare.train.together import together, warn
 
 
@@ -32,6 +32,7 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
     Raises:
         TrainingError: too many bad steps, or one where the policy is to stop, or divergence where
             the policy is to stop (saved before), or in an earlier part of such a run.
+        OwnershipError: another run has taken over what this one writes to.
     """
     train, log, checkpoint = run.config.train, run.config.log, run.config.checkpoint
     with together(run.state):
@@ -46,6 +47,9 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
         limit = loss_limit(train, run.progress.health)
         orders = Orders(logged and _wants_residual(run), limit, wish.now())
         result = train_step(run, batches, step, orders)
+        if result.stop == LOST:
+            with together(run.state):
+                run.owner.check()
 
         alarms = advance(run, metrics, result)
         error = fatal(train, run.progress, result, alarms)

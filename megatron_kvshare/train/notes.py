@@ -6,7 +6,6 @@ A thread of every rank looks for one and ends its process: nothing else can leav
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from typing import Any, NoReturn
 
 from megatron_kvshare.errors import EXIT_USER_ERROR, KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
-from megatron_kvshare.train.console import complain
-from megatron_kvshare.train.watchdog import STORE_PATIENCE, in_time
+from megatron_kvshare.output import complain
+from megatron_kvshare.train.watchdog import STORE_PATIENCE, in_time, leave
 
 _INTERVAL = 1.0
 """Seconds between two looks for a note."""
@@ -29,7 +28,9 @@ _WRITERS, _MESSAGE, _LEFT = "notes/writers", "notes/of/", "notes/left"
 class Notes:
     """What ranks that leave tell the others; with a single process there is nobody to tell."""
 
-    def __init__(self, state: ParallelState) -> None:
+    def __init__(self, state: ParallelState, release: Callable[[], None]) -> None:
+        """``release``: called before this process ends."""
+        self._release = release
         self._rank, self._world_size = state.rank, state.world_size
         self._store = launcher_store(state)
         self._done = threading.Event()
@@ -85,7 +86,7 @@ class Notes:
             deadline = time.monotonic() + _PATIENCE
             while self._rank == 0 and self._others_are_here() and time.monotonic() < deadline:
                 time.sleep(_INTERVAL / 10)
-            os._exit(EXIT_USER_ERROR)
+            leave(EXIT_USER_ERROR, self._release)
 
     def _tell(self) -> None:
         """Print the message of the lowest rank that left one: in the output of the first rank,

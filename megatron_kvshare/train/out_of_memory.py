@@ -25,15 +25,20 @@ T = TypeVar("T")
 
 
 def within_memory(
-    work: Callable[[], T], config: PretrainConfig, state: ParallelState, pulse: Pulse
+    work: Callable[[], T],
+    config: PretrainConfig,
+    state: ParallelState,
+    pulse: Pulse,
+    release: Callable[[], None] = lambda: None,
 ) -> T:
     """What ``work()`` returns. Where it runs out of memory on one rank, all ranks end, whatever
-    they wait for, with the exit code of :class:`OutOfMemoryError` and one message.
+    they wait for, with the exit code of :class:`OutOfMemoryError` and one message. ``release``
+    gives back what this process holds for others to have; called where it ends here.
 
     Raises:
         OutOfMemoryError: in a world of one process; the processes of a larger one end here.
     """
-    notes = Notes(state)
+    notes = Notes(state, release)
     notes.listen()
     try:
         return work()

@@ -7,12 +7,14 @@ from functools import partial
 
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.output import say
+from megatron_kvshare.ownership.owner import HEARTBEAT
 from megatron_kvshare.sharing.cost import train_flops_per_token
 from megatron_kvshare.train import report
-from megatron_kvshare.train.console import say
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics, measured_peak_tflops
 from megatron_kvshare.train.out_of_memory import within_memory
+from megatron_kvshare.train.owning import Owner, owning
 from megatron_kvshare.train.pulse import Pulse
 from megatron_kvshare.train.report import Typed
 from megatron_kvshare.train.run import Run
@@ -23,18 +25,29 @@ from megatron_kvshare.train.together import together
 from megatron_kvshare.train.watchdog import watched
 
 
-def pretrain(config: PretrainConfig, state: ParallelState, typed: Typed) -> Run:
-    """Train and return the run. ``typed`` is the user's command, for the closing words."""
-    with stop_wish(config.train.exit_duration_in_mins) as wish:
+def pretrain(
+    config: PretrainConfig, state: ParallelState, typed: Typed, heartbeat: float = HEARTBEAT
+) -> Run:
+    """Train and return the run. ``typed`` is the user's command, for the closing words;
+    ``heartbeat``: seconds between two signs of life for others that want the same folder."""
+    with (
+        stop_wish(config.train.exit_duration_in_mins) as wish,
+        owning(config, state, wish, heartbeat) as owner,
+    ):
         pulse = Pulse()
-        work = partial(_pretrain, config, state, typed, wish, pulse)
-        return within_memory(work, config, state, pulse)
+        work = partial(_pretrain, config, state, typed, wish, pulse, owner)
+        return within_memory(work, config, state, pulse, owner.release)
 
 
 def _pretrain(
-    config: PretrainConfig, state: ParallelState, typed: Typed, wish: StopWish, pulse: Pulse
+    config: PretrainConfig,
+    state: ParallelState,
+    typed: Typed,
+    wish: StopWish,
+    pulse: Pulse,
+    owner: Owner,
 ) -> Run:
-    run = prepare(config, state, pulse)
+    run = prepare(config, state, pulse, owner)
     if state.is_first:
         device = str(state.platform.device)
         say(report.start(config, run.data.plan, state.world_size, device))
@@ -48,8 +61,11 @@ def _pretrain(
         at_the_end.callback(metrics.close)
         if run.saver is not None:  # before the metrics: a tracker may take its time
             at_the_end.callback(run.saver.close)
-        with watched(pulse, state, 60 * config.parallel.distributed_timeout_minutes):
+        limit = 60 * config.parallel.distributed_timeout_minutes
+        with watched(pulse, state, limit, owner.release):
             valid_loss = train(run, metrics, wish)
+    with together(state), contextlib.suppress(OSError):
+        owner.check()
     if state.is_first:
         say("\n" + report.end(run, valid_loss, typed))
     return run
@@ -59,7 +75,7 @@ def _metrics(run: Run) -> Metrics:
     config, state = run.config, run.state
     sinks, peak = [], 1.0
     if state.is_first:
-        sinks = open_sinks(config, run.progress.step, run.tracking)
+        sinks = open_sinks(config, run.progress.step, run.tracking, run.owner)
         peak = config.log.peak_tflops or measured_peak_tflops(
             state.platform.device, next(run.models[0].parameters()).dtype
         )

@@ -23,6 +23,7 @@ from megatron_kvshare.pipeline.chunk import StageChunk
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.train.owning import Owner
 from megatron_kvshare.train.pulse import Pulse
 
 Bad = Literal["", "nan", "spike"]
@@ -63,8 +64,8 @@ class Run:
     ``models``: the pipeline stages of this rank (one, unless there are virtual stages);
     ``chunks``: the same as the schedules run them; ``spanning`` runs them instead where cyclic
     groups span stages. ``continued``: the checkpoint this run goes on from. ``tracking``: as in the
-    manifest. ``pulse``: what this rank is doing. ``stopped_by``: what ended the loop before
-    ``train_iters``, empty where nothing did.
+    manifest. ``pulse``: what this rank is doing. ``owner``: of what the run writes to.
+    ``stopped_by``: what ended the loop before ``train_iters``, empty where nothing did.
     """
 
     config: PretrainConfig
@@ -80,6 +81,7 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     progress: Progress
+    owner: Owner = field(default_factory=Owner)
     saver: Saver | None = None
     saved: Path | None = None
     failed_saves: int = 0

@@ -12,7 +12,7 @@ from megatron_kvshare import __version__
 from megatron_kvshare.checkpoint.manifest import Manifest
 from megatron_kvshare.checkpoint.save import Written, content
 from megatron_kvshare.config.describe import as_dict
-from megatron_kvshare.errors import CheckpointError
+from megatron_kvshare.errors import CheckpointError, OwnershipError
 from megatron_kvshare.megatron_api.optimizer import gathered_parameters
 from megatron_kvshare.train.pulse import SAVING
 from megatron_kvshare.train.run import Run
@@ -32,6 +32,7 @@ def save(run: Run, last: bool = False, remove_older: bool = True) -> None:
 
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are intact.
+        OwnershipError: another run has taken over the folder.
     """
     run.pulse.beat(SAVING)
     assert run.saver is not None
@@ -69,6 +70,9 @@ def _failures(run: Run, last: bool) -> Iterator[None]:
             with together(run.state):
                 raise
         warn(run.state, f"training goes on and saves again when it is due. {error}")
+    except OwnershipError:
+        with together(run.state):
+            raise
 
 
 def _note(run: Run, written: Written | None) -> None:

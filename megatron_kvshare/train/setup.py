@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.optimizer import (
+    Models,
     build_optimizer,
     build_scheduler,
     wrap_stages,
@@ -43,9 +45,10 @@ from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
-from megatron_kvshare.sharing.placement import Placement
+from megatron_kvshare.sharing.placement import PayloadShape, Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.train.learning_rate import schedule_change
+from megatron_kvshare.train.owning import Owner
 from megatron_kvshare.train.pulse import BUILDING, LOADING, Pulse
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.together import together, warn
@@ -65,20 +68,22 @@ def data_request(
     )
 
 
-def prepare(config: PretrainConfig, state: ParallelState, pulse: Pulse | None = None) -> Run:
+def prepare(
+    config: PretrainConfig,
+    state: ParallelState,
+    pulse: Pulse | None = None,
+    owner: Owner | None = None,
+) -> Run:
     """Open the data, build the model and its optimizer, continue from a checkpoint if there is one;
-    ``pulse`` is told.
+    ``pulse`` is told. ``owner``: of what the run writes to.
 
     Raises:
         KVShareError: on the first rank with a fault; the others leave with it.
     """
-    pulse = pulse or Pulse()
+    pulse, owner = pulse or Pulse(), owner or Owner()
     torch.manual_seed(config.train.seed)
     layout = batch_layout(config, state.world_size)
-    with together(state):
-        _check_same_recipe(config)
-        settings = chosen(config.checkpoint, state)
-    iteration = _newest_iteration(settings, state)
+    settings, iteration = _to_load(config, state)
     with together(state):
         vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
         data = _open_data(config, layout, vocabulary, state)
@@ -111,16 +116,14 @@ def prepare(config: PretrainConfig, state: ParallelState, pulse: Pulse | None = 
         evaluation_plan=evaluation_plan(config.model, config.sharing),
         data=data,
         models=wrapped,
-        chunks=[
-            StageChunk(each, *stage_formats(cut, model.stage, payload, model.heads))
-            for each, model in zip(wrapped, models, strict=True)
-        ],
+        chunks=_chunks(wrapped, models, cut, payload),
         spanning=SpanningPipeline(cut, models, state, payload) if cut.spanning_groups else None,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.train),
         progress=Progress(health=Health(fresh=True)) if found is None else found.progress,
         pulse=pulse,
-        saver=Saver(config.checkpoint, state) if config.checkpoint.save else None,
+        owner=owner,
+        saver=Saver(config.checkpoint, state, owner.check) if config.checkpoint.save else None,
         saved=None if found is None else found.stays,
         continued=None if found is None or settings.finetune else found.folder,
         tracking={} if found is None or settings.finetune else found.manifest.tracking,
@@ -144,12 +147,16 @@ def _check_same_recipe(config: PretrainConfig) -> None:
         raise CheckpointError(Fault("--kv-recipe", ", ".join(recipes), rule, fix))
 
 
-def _newest_iteration(settings: CheckpointConfig, state: ParallelState) -> int | None:
-    """The checkpoint to continue from, None without one; says which are damaged."""
+def _to_load(config: PretrainConfig, state: ParallelState) -> tuple[CheckpointConfig, int | None]:
+    """The settings with ``--resume auto`` carried out, and the checkpoint to continue from, None
+    without one; says which are damaged."""
+    with together(state):
+        _check_same_recipe(config)
+        settings = chosen(config.checkpoint, state)
     with together(state):
         newest = newest_sound(settings, state)
     warn(state, *newest.warnings)
-    return newest.iteration
+    return settings, newest.iteration
 
 
 def _open_data(
@@ -174,6 +181,16 @@ def _models(
     window = config.sharing.window_size
     made_of = (config.model, config.parallel, plan, vocab_size, state, window)
     return [KVShareGPT(*made_of, stage) for stage in cut.stages_of(state.pp_rank)]
+
+
+def _chunks(
+    wrapped: Models, models: Sequence[KVShareGPT], cut: Placement, payload: PayloadShape
+) -> list[StageChunk]:
+    """The stages as schedules run them."""
+    return [
+        StageChunk(each, *stage_formats(cut, model.stage, payload, model.heads))
+        for each, model in zip(wrapped, models, strict=True)
+    ]
 
 
 def run_identity(config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:

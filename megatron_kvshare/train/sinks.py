@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,13 @@ from typing import Any, Protocol
 from megatron_kvshare.config import LogConfig, PretrainConfig
 from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.errors import ConfigError, Fault
-from megatron_kvshare.train.console import Console, complain
+from megatron_kvshare.output import PASSING, complain
+from megatron_kvshare.ownership.aside import aside, remove_leftovers
+from megatron_kvshare.train.console import Console
+from megatron_kvshare.train.owning import Owner
 
 Record = dict[str, Any]
 """Metrics of one step by name; ``step`` counts from 1."""
-
-
-_PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
-"""What a disk does for a while; any other error is one of the path that was given."""
 
 
 class Sink(Protocol):
@@ -36,18 +36,22 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(config: PretrainConfig, step: int, tracking: dict[str, str]) -> list[Sink]:
+def open_sinks(
+    config: PretrainConfig, step: int, tracking: dict[str, str], owner: Owner
+) -> list[Sink]:
     """The sinks that the settings ask for, going on after ``step``; on one process of the job only.
 
-    ``tracking``: what an earlier part of the run noted; gets what this part notes.
+    ``tracking``: what an earlier part of the run noted; gets what this part notes. ``owner``: is
+    asked before every line whether the metrics file still belongs to this run.
 
     Raises:
         ConfigError: a file may not be written, or a package is missing or refuses its settings.
     """
     log = config.log
     sinks: list[Sink] = [Console(config.train.train_iters)]
-    if (file := log.metrics_file) is not None:
-        sinks.append(Expendable("--metrics-file", partial(JsonLines, Path(file), step)))
+    if log.metrics_file is not None and owner.has_metrics_file:
+        file = partial(JsonLines, Path(log.metrics_file), step, owner.holds)
+        sinks.append(Expendable("--metrics-file", file))
     if (folder := log.tensorboard_dir) is not None:
         sinks.append(Expendable("--tensorboard-dir", partial(TensorBoard, folder, step)))
     if log.wandb_project is not None:
@@ -96,16 +100,16 @@ class JsonLines:
     move to the file ``NAME.replaced`` beside it. What is not a finite number is written as null.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        """``step``: the last one that stays."""
-        self._path = path
+    def __init__(self, path: Path, step: int, is_ours: Callable[[], bool] = lambda: True) -> None:
+        """``step``: the last one that stays; ``is_ours``: False: nothing is written any more."""
+        self._path, self._is_ours = path, is_ours
         self._lost = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _set_aside(path, step)
             path.touch()
         except OSError as error:
-            if error.errno in _PASSING:
+            if error.errno in PASSING:
                 raise
             fix = "give a file in a folder you can write to"
             rule = f"it cannot be written: {error.strerror}"
@@ -115,7 +119,7 @@ class JsonLines:
         """A line that cannot be written is lost, which is said once: the next may fit again."""
         values = {name: value if _is_plain(value) else None for name, value in record.items()}
         try:
-            append_line(self._path, values)
+            append_line(self._path, values, self._is_ours)
         except OSError as error:
             if not self._lost:
                 complain(f"warning: {self._path} cannot be written: {error.strerror}")
@@ -127,12 +131,14 @@ class JsonLines:
             complain(f"warning: {self._path} lacks {self._lost} records")
 
 
-def append_line(path: Path, values: Record) -> None:
-    """Add ``values`` as a line of JSON, whole or not at all.
+def append_line(path: Path, values: Record, is_ours: Callable[[], bool] = lambda: True) -> None:
+    """Add ``values`` as a line of JSON where ``is_ours``, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
+    if not is_ours():
+        return
     line = (json.dumps(values) + "\n").encode()
     with path.open("ab", buffering=0) as file:
         start = file.seek(0, os.SEEK_END)
@@ -154,7 +160,8 @@ def _set_aside(path: Path, step: int) -> None:
     stay = [line for line, at in zip(lines, steps, strict=True) if at <= step]
     if len(stay) == len(lines):
         return
-    draft = path.with_name(path.name + ".partial")
+    remove_leftovers(path.parent, re.escape(path.name))
+    draft = aside(path)
     try:
         draft.write_text("".join(stay), encoding="utf-8")
         with path.with_name(path.name + ".replaced").open("a", encoding="utf-8") as file:

@@ -13,6 +13,8 @@ from megatron_kvshare.errors import STOP_SIGNALS
 
 CLOCK = 1
 """The wish to stop because time is up; below the number of every stop signal."""
+LOST = 128
+"""The wish to stop because another run writes to the folder now; above all of them."""
 
 
 class StopWish:
@@ -22,12 +24,19 @@ class StopWish:
         """``minutes``: from now until time is up; None: never."""
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._signal = 0
+        self._lost = False
 
     def now(self) -> int:
-        """0: go on; else the number of a signal, or :data:`CLOCK`."""
+        """0: go on; else the number of a signal, :data:`CLOCK` or :data:`LOST`."""
+        if self._lost:
+            return LOST
         if self._signal or self._deadline is None:
             return self._signal
         return CLOCK if time.monotonic() >= self._deadline else 0
+
+    def lose(self) -> None:
+        """Another run has taken over; any thread may call this."""
+        self._lost = True
 
     def heed(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler: the step goes on to its end. A second Ctrl-C does not wait for it."""

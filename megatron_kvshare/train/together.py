@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_kvshare.errors import KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
-from megatron_kvshare.train.console import complain
+from megatron_kvshare.output import complain
 
 
 @contextlib.contextmanager

@@ -18,14 +18,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
 from megatron_kvshare.errors import EXIT_LOST, Fault, LostError, runs
 from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
-from megatron_kvshare.train.console import complain
+from megatron_kvshare.output import complain
 from megatron_kvshare.train.pulse import Pulse
 
 STORE_PATIENCE = 5.0
@@ -49,8 +49,11 @@ class Sign(NamedTuple):
 
 
 @contextlib.contextmanager
-def watched(pulse: Pulse, state: ParallelState, limit: float) -> Iterator[None]:
-    """Watch this rank inside; ``limit``: seconds it may stay at one thing.
+def watched(
+    pulse: Pulse, state: ParallelState, limit: float, release: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Watch this rank inside; ``limit``: seconds it may stay at one thing; ``release`` gives back
+    what the process holds for others to have.
 
     A rank that hangs is reported, and its process ended with EXIT_LOST, by a thread: nothing else
     can leave a collective.
@@ -59,7 +62,7 @@ def watched(pulse: Pulse, state: ParallelState, limit: float) -> Iterator[None]:
         LostError: communication broke because a rank has died; on the lowest rank that lives.
         SystemExit: the same, on the others.
     """
-    watchdog = _Watchdog(pulse, state, limit)
+    watchdog = _Watchdog(pulse, state, limit, release)
     watchdog.start()
     try:
         yield
@@ -79,9 +82,12 @@ def _is_communication(error: RuntimeError) -> bool:
 
 
 class _Watchdog(threading.Thread):
-    def __init__(self, pulse: Pulse, state: ParallelState, limit: float) -> None:
+    def __init__(
+        self, pulse: Pulse, state: ParallelState, limit: float, release: Callable[[], None]
+    ) -> None:
         super().__init__(name="watchdog", daemon=True)
         self._pulse, self._limit, self._state = pulse, limit, state
+        self._release = release
         self._interval = min(_LONGEST_INTERVAL, limit / 8)
         self._store = launcher_store(state)
         self._count = 0
@@ -130,7 +136,7 @@ class _Watchdog(threading.Thread):
             fault = self._fault(report(before, after), why)
             complain(str(LostError(fault)))
         complain(f"[rank {self._state.rank}] is here:\n{main_stack()}")
-        os._exit(EXIT_LOST)
+        leave(EXIT_LOST, self._release)
 
     def _fault(self, lines: Sequence[str], why: str) -> Fault:
         where = f"step {self._pulse.now.step}"
@@ -157,6 +163,12 @@ class _Watchdog(threading.Thread):
         if found is None:  # the store is gone, and with it the first rank's host
             return [None if rank == 0 else Sign(self._count, 0, "", "", 0) for rank in ranks]
         return found
+
+
+def leave(code: int, release: Callable[[], None]) -> NoReturn:
+    """End this process from any thread, whatever the others do; a disk that hangs delays it."""
+    in_time(release, STORE_PATIENCE)
+    os._exit(code)
 
 
 def in_time(action: Callable[[], Any], seconds: float) -> Any:

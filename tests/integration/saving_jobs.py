@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_kvshare.checkpoint import save as saving
@@ -76,6 +77,21 @@ def run_on_a_small_disk(
         return run_pretrain(state, layout, flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def run_with_blocked_saves(
+    state: ParallelState, layout: Layout, flags: list[str], steps: tuple[int, ...]
+) -> Outcome:
+    """`run_pretrain`; in the saves of these steps a folder is where the first rank's file has to
+    be."""
+
+    def blocked(write: Callable[..., None], parts: Any, folder: Path, group: Any) -> None:
+        if folder.name.startswith(tuple(f"iter_{step:07d}." for step in steps)):
+            (folder / "__0_0.distcp").mkdir(exist_ok=True)
+        write(parts, folder, group)
+
+    with writing(blocked):
+        return run_pretrain(state, layout, flags)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import pytest
 from megatron_kvshare.train.anomaly import SKIPPED_BATCHES
 from tests.distributed.world import World
 from tests.integration.pretrain_jobs import Accident, losses, records, set_latest
+from tests.integration.saving_jobs import run_with_blocked_saves
 from tests.integration.test_pretrain import ONE, TWO, run
 
 AUTO = ("--resume", "auto")
@@ -126,19 +127,13 @@ def test_another_run_is_not_written_over(world: World, tmp_path: Path) -> None:
     assert second.error == "exit 2"
 
 
-def block_save(save: Path, step: int) -> None:
-    """A file where the folder has to be: this save cannot be written."""
-    save.mkdir(exist_ok=True)
-    (save / f"iter_{step:07d}.partial").write_text("in the way")
-
-
 @pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["at once", "beside"])
 def test_one_save_that_fails_is_a_warning_and_the_next_one_counts(
     world: World, tmp_path: Path, whole: dict, flags: list
 ) -> None:
     path, save = tmp_path / "m.jsonl", tmp_path / "save"
-    block_save(save, 2)
-    outcomes = run(world, TWO, path, "--save", save, "--save-interval", 2, *flags)
+    flags = ["--metrics-file", str(path), "--save", str(save), "--save-interval", "2", *flags]
+    outcomes = world.run(run_with_blocked_saves, TWO, flags, (2,))
     assert [each.step for each in outcomes] == [6, 6] and losses(path) == whole
     assert sorted(each.name for each in save.glob("iter_*[0-9]")) == [
         "iter_0000004",
@@ -151,11 +146,8 @@ def test_saves_that_go_on_failing_end_the_run(
     world: World, tmp_path: Path, steps: tuple[int, ...]
 ) -> None:
     save = tmp_path / "save"
-    for step in steps:
-        block_save(save, step)
-    first, second = run(
-        world, TWO, tmp_path / "m.jsonl", "--save", save, "--save-interval", 2, "--async-save"
-    )
+    flags = ["--save", str(save), "--save-interval", "2", "--async-save"]
+    first, second = world.run(run_with_blocked_saves, TWO, flags, steps)
     assert "it cannot be written" in first.error and f"iter_{steps[-1]:07d}" in first.error
     assert second.error == "exit 2"
     assert len(list(save.glob("iter_*[0-9]"))) == (2 if steps == (6,) else 0)

@@ -35,11 +35,15 @@ def wait_for_step(ranks: Ranks, step: int) -> None:
     assert ranks.wait_until(lambda: line in ranks.output(0)), ranks.output(0)
 
 
-def wait_for_save(ranks: Ranks, save: Path, step: int) -> Path:
+def wait_for_save(ranks: Ranks, save: Path, step: int) -> None:
     wait_for_step(ranks, step)  # an earlier start may have left half a save
-    aside = Path(f"{folders.iteration_folder(save, step)}.partial")
-    ranks.wait_until(lambda: aside.exists() or newest(save) >= step)
-    return aside
+    before = aside(save)
+    ranks.wait_until(lambda: aside(save) - before or newest(save) >= step)
+
+
+def aside(save: Path) -> set[Path]:
+    """What is being written, or was when a start was killed."""
+    return {*save.glob("iter_*.partial")}
 
 
 @pytest.mark.nightly
@@ -54,9 +58,9 @@ def test_killed_at_random_points(world: World, tmp_path: Path, name: str) -> Non
         before = newest(save)
         with started(tmp_path / f"start{number}", 2, flags) as ranks:
             if number % 2:
-                aside = wait_for_save(ranks, save, before + INTERVAL * draw.randint(1, 3))
+                wait_for_save(ranks, save, before + INTERVAL * draw.randint(1, 3))
                 time.sleep(draw.random() * 0.05)
-                during_a_save += aside.exists()
+                during_a_save += bool(aside(save))
             else:
                 wait_for_step(ranks, before + draw.randint(1, 3 * INTERVAL))
                 time.sleep(draw.random() * 0.02)

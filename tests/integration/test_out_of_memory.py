@@ -70,6 +70,7 @@ def test_every_rank_ends_with_the_same_code(
         assert_one_message(job.output(0), where)
         assert "out of memory" not in job.output(1) and "Traceback" not in job.output(1)
     assert not list((tmp_path / "save").glob("iter_*[0-9]"))
+    assert not list((tmp_path / "save").glob("run.lock.*")), "the folder is still owned"
 
 
 @pytest.mark.nightly

@@ -19,6 +19,7 @@ NAME = PACKAGE.name
 LEVELS = {
     "errors": 0,
     "config": 1,
+    "ownership": 1,
     "sharing": 1,
     "megatron_api": 2,
     "model": 3,
@@ -33,7 +34,7 @@ LEVELS = {
 }
 ALLOWED_SIBLINGS = {("config", "sharing")}
 """Configuration is validated with the map it names."""
-TORCH_FREE = ("errors", "config", "sharing")
+TORCH_FREE = ("errors", "config", "ownership", "sharing")
 HEAVY = {"torch", "megatron", "transformers", "deepspeed", "numpy"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
