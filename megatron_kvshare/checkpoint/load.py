@@ -3,7 +3,7 @@ optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from megatron_kvshare.checkpoint.parts import (
 )
 from megatron_kvshare.checkpoint.random_state import set_random_state
 from megatron_kvshare.checkpoint.storage import read_parts
+from megatron_kvshare.checkpoint.traces import traces
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer, reload_parameters
@@ -64,16 +65,26 @@ class Newest(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-def chosen(settings: CheckpointConfig, state: ParallelState) -> CheckpointConfig:
-    """The settings with ``--resume auto`` carried out; all ranks call this.
+Promises = Callable[[], list[str]]
+"""What else says that there were checkpoints in a folder, a line for each."""
+
+
+def chosen(
+    settings: CheckpointConfig, state: ParallelState, promises: Promises = list
+) -> CheckpointConfig:
+    """The settings with ``--resume auto`` carried out; all ranks call this. ``promises`` are asked
+    for on the first rank, where no checkpoint can be found.
 
     Raises:
-        CheckpointError: the run would write over checkpoints of another one.
+        CheckpointError: the run would write over checkpoints of another one, or start over although
+            there were checkpoints.
     """
     if settings.save is None:
         return settings
     root = Path(settings.save)
     if not _candidates(root, state).iterations:
+        if settings.resume == "auto":
+            _check_nothing_was_there(root, state, promises)
         return settings
     if settings.resume == "auto":
         whole = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
@@ -114,14 +125,48 @@ def newest_sound(settings: CheckpointConfig, state: ParallelState) -> Newest:
         rule = f"no checkpoint in it is as it was written. {' '.join(damaged)}"
         fix = "restore one from a backup, or start fresh with another --save folder"
         raise CheckpointError(Fault("--load", settings.load, rule, fix))
+    if complaint is not None:
+        fix = "bring the checkpoints back (is the disk there?), or give another folder"
+        rule = f"there is no checkpoint in it. {complaint}"
+        raise CheckpointError(Fault("--load", settings.load, rule, fix))
     return Newest(None)
 
 
+def _check_nothing_was_there(root: Path, state: ParallelState, promises: Promises) -> None:
+    found = _seen_by_first(lambda: [*traces(root), *promises()], root, state)
+    if not found:
+        return
+    rule = f"--resume auto finds no checkpoint in it, but there was one: {'; '.join(found)}"
+    fix = (
+        "bring the checkpoints back (is the disk there?); to start over all the same, remove what"
+        " is named here or start once without --resume auto"
+    )
+    raise CheckpointError(Fault("--save", str(root), rule, fix))
+
+
 def _candidates(root: Path, state: ParallelState) -> folders.Candidates:
-    """What the first rank sees, for all: file systems may show them different things."""
-    found: list[Any] = [folders.candidates(root) if state.is_first else None]
-    dist.broadcast_object_list(found, src=0)
-    return folders.Candidates(*found[0])
+    return folders.Candidates(*_seen_by_first(lambda: folders.candidates(root), root, state))
+
+
+def _seen_by_first(look: Callable[[], Any], root: Path, state: ParallelState) -> Any:
+    """What the first rank sees, for all: file systems may show them different things.
+
+    Raises:
+        CheckpointError: on all ranks, where it cannot see.
+    """
+    outcome: list[Any] = [None, None]
+    if state.is_first:
+        try:
+            outcome[0] = look()
+        except CheckpointError as error:
+            outcome[1] = error.faults
+        except OSError as error:
+            fix = "see that its disk is there and that you may read it"
+            outcome[1] = Fault("--save", str(root), f"it cannot be read: {error}", fix)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return outcome[0]
 
 
 def find_checkpoint(

@@ -269,6 +269,11 @@ def _writable(flag: str, name: str, parent: bool = False) -> Iterator[Fault]:
     path = path.parent if parent else path
     # os.path.exists, because Path.exists raises where a folder may not be looked into.
     existing = next(each for each in (path, *path.parents) if os.path.exists(each))
+    links = [each for each in (Path(name).absolute(), path, *path.parents) if os.path.islink(each)]
+    for each in (link for link in links if not os.path.exists(link)):
+        rule_text = f"{each} is a link to {os.readlink(each)}, which is not there"
+        yield Fault(flag, name, rule_text, "see that its disk is there, or give another path")
+        return
     fix = f"give {flag} a path inside a folder you can write to"
     if not os.path.isdir(existing):
         yield Fault(flag, name, f"{existing} is a file, not a folder", fix)

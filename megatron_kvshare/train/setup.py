@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ from megatron_kvshare.train.learning_rate import schedule_change
 from megatron_kvshare.train.owning import Owner
 from megatron_kvshare.train.pulse import BUILDING, LOADING, Pulse
 from megatron_kvshare.train.run import Run
+from megatron_kvshare.train.sinks import promised_checkpoints
 from megatron_kvshare.train.together import together, warn
 
 
@@ -152,7 +154,7 @@ def _to_load(config: PretrainConfig, state: ParallelState) -> tuple[CheckpointCo
     without one; says which are damaged."""
     with together(state):
         _check_same_recipe(config)
-        settings = chosen(config.checkpoint, state)
+        settings = chosen(config.checkpoint, state, partial(promised_checkpoints, config))
     with together(state):
         newest = newest_sound(settings, state)
     warn(state, *newest.warnings)

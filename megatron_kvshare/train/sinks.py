@@ -179,6 +179,21 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+def promised_checkpoints(config: PretrainConfig) -> list[str]:
+    """What the metrics file says of checkpoints that must have been written, a line for each.
+
+    A save is due after the step it is named after, and is waited for when the next one is.
+    """
+    every, name = config.checkpoint.save_interval, config.log.metrics_file
+    if every is None or name is None or not Path(name).is_file():
+        return []
+    lines = Path(name).read_text(encoding="utf-8", errors="replace").splitlines()
+    last = max((step for step in map(_step_of, lines) if math.isfinite(step)), default=0)
+    if last <= every * (2 if config.checkpoint.async_save else 1):
+        return []
+    return [f"{name} goes up to step {last:,.0f}, and a checkpoint is due every {every:,} steps"]
+
+
 class TensorBoard:
     """Event files; a record's fields become ``train/...`` or ``valid/...``."""
 
