@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ def latest_iteration(root: Path) -> int | None:
     if not tracker.is_file():
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", text):
         fix = f"write the number of the newest iter_* folder into {tracker}"
         raise CheckpointError(Fault(str(tracker), text, "it must hold one whole number", fix))
     if not iteration_folder(root, int(text)).is_dir():
@@ -77,8 +78,8 @@ def repair(root: Path) -> None:
 
 
 class Candidates(NamedTuple):
-    """Iterations that may be loaded, the best first; ``complaint``: what is wrong with the
-    tracker."""
+    """Iterations that may be loaded, the best first; ``complaint``: what is wrong, or strange, with
+    the tracker."""
 
     iterations: list[int]
     complaint: str | None = None
@@ -103,16 +104,32 @@ def candidates(root: Path) -> Candidates:
 
 def _candidates(root: Path) -> Candidates:
     names = os.listdir(root) if root.is_dir() else []
-    paths = [root / name for name in names if name.startswith("iter_")]
-    numbers = [path.name[5:] for path in paths if path.is_dir()]
-    there = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+    there = _iterations(root, names)
     try:
         named = latest_iteration(root)
     except CheckpointError as error:
         return Candidates(there, str(error.faults[0]))
     if named is None:
         return Candidates(there, f"{root / TRACKER} is missing" if there else None)
-    return Candidates([number for number in there if number <= named])
+    return Candidates([number for number in there if number <= named], passed_over(root, named))
+
+
+def _iterations(root: Path, names: Sequence[str]) -> list[int]:
+    """Those of folders with the name of a checkpoint, the newest first."""
+    found = (re.fullmatch("iter_([0-9]{1,18})", name) for name in names)
+    return sorted(
+        (int(name[1]) for name in found if name and (root / name[0]).is_dir()), reverse=True
+    )
+
+
+def passed_over(root: Path, named: int) -> str | None:
+    """What to say where the tracker names an older checkpoint than there is: people go back that
+    way, and damage looks the same."""
+    newest = next(iter(_iterations(root, os.listdir(root))), named)
+    if newest <= named:
+        return None
+    name = iteration_folder(root, newest).name
+    return f"{root / TRACKER} says {named}, so {name}, which is newer, is left out"
 
 
 def flush(folder: Path) -> None:
@@ -130,7 +147,25 @@ def _sync(*paths: Path) -> None:
 
 
 def publish(partial: Path, target: Path, iteration: int) -> None:
-    """Rename the complete ``partial`` to ``target``, then point the tracker at it."""
+    """Rename the complete ``partial`` to ``target``, then point the tracker at it. What needs room
+    on the disk comes first: where there is none, nothing has changed."""
+    tracker = target.parent / TRACKER
+    remove_leftovers(target.parent, re.escape(TRACKER))
+    draft = aside(tracker)
+    try:
+        draft.write_text(f"{iteration}\n", encoding="utf-8")
+        _sync(draft)
+        _replace(partial, target)
+        _sync(target.parent)
+        os.replace(draft, tracker)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+    _sync(target.parent)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Give ``partial`` the name of ``target``, which may be there already."""
     old = target.with_name(target.name + OLD)
     if os.path.lexists(target):
         remove(old)
@@ -142,14 +177,3 @@ def publish(partial: Path, target: Path, iteration: int) -> None:
             old.rename(target)
         raise
     remove(old)
-    tracker = target.parent / TRACKER
-    remove_leftovers(target.parent, re.escape(TRACKER))
-    draft = aside(tracker)
-    try:
-        draft.write_text(f"{iteration}\n", encoding="utf-8")
-        _sync(draft, target.parent)
-        os.replace(draft, tracker)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
-    _sync(target.parent)

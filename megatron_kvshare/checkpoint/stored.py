@@ -25,12 +25,14 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint of any layout, opened without starting its ranks."""
+    """A checkpoint of any layout, opened without starting its ranks; ``doubts``: why it may not be
+    the one that was meant."""
 
     folder: Path
     manifest: Manifest
     description: ModelDescription
     weights: NativeWeights
+    doubts: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path) -> StoredModel:
@@ -39,7 +41,7 @@ def open_checkpoint(path: Path) -> StoredModel:
     Raises:
         CheckpointError: there is none, it is damaged, or its tensors are not those of its model.
     """
-    folder = path
+    folder, doubt = path, None
     if not (path / MANIFEST).is_file():
         iteration = folders.latest_iteration(path) if path.is_dir() else None
         if iteration is None:
@@ -47,6 +49,7 @@ def open_checkpoint(path: Path) -> StoredModel:
             fix = "give the --save folder of a run, or one of its iter_* folders"
             raise CheckpointError(Fault("--load", str(path), rule, fix))
         folder = folders.iteration_folder(path, iteration)
+        doubt = folders.passed_over(path, iteration)
     manifest = read_manifest(folder)
     reasons = problems(folder, manifest.files)
     if reasons:
@@ -55,7 +58,7 @@ def open_checkpoint(path: Path) -> StoredModel:
     check_weights(folder, weights.tensors, description.weights)
     # In the order of the model: files list tensors in the order in which ranks wrote them.
     weights.tensors = {name: weights.tensors[name] for name in description.weights}
-    return StoredModel(folder, manifest, description, weights)
+    return StoredModel(folder, manifest, description, weights, (doubt,) if doubt else ())
 
 
 def check_weights(

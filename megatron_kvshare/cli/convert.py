@@ -96,6 +96,8 @@ def _to_hf(argv: Sequence[str]) -> int:
     from megatron_kvshare.megatron_api import parallel
 
     stored = open_checkpoint(Path(config.load))
+    for doubt in stored.doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
     job = ExportJob(
         save=Path(config.save),
         tokenizer_model=config.tokenizer_model,

@@ -42,6 +42,6 @@ def run(argv: Sequence[str]) -> int:
     folder = Path(config.hf)
     with parallel.alone() as state:
         print(verify(stored, folder, state))
-    for doubt in doubts(read_json(folder / CONFIG)):
+    for doubt in (*stored.doubts, *doubts(read_json(folder / CONFIG))):
         print(f"warning: {doubt}", file=sys.stderr)
     return 0

@@ -88,6 +88,8 @@ def load_model(path: str | Path, device: Literal["auto", "cpu"] = "auto") -> Loa
         description, source = found.description, found.weights
     else:
         stored = open_checkpoint(folder)
+        for doubt in stored.doubts:
+            warnings.warn(doubt, stacklevel=2)
         description, source = stored.description, stored.weights
     return LoadedModel(whole_model(description, source, _alone(device)), description)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,19 @@ class Owner:
     def __init__(self, owned: Sequence[Ownership] = ()) -> None:
         self._owned = owned
         self.has_metrics_file = True
+
+    @contextlib.contextmanager
+    def expecting(self, place: Place, say: Callable[[str], None]) -> Iterator[None]:
+        """Taking it inside may fail: a metrics file is done without while its disk is full."""
+        try:
+            yield
+        except OSError as error:
+            if place.flag != _METRICS or error.errno not in PASSING:
+                fix = f"free space or permissions there, or choose another {place.flag}"
+                rule = f"it cannot be written: {error}"
+                raise ConfigError(Fault(place.flag, place.value, rule, fix)) from error
+            say(f"{place.flag} fails and is left out from here on: {error}")
+            self.has_metrics_file = False
 
     def holds(self) -> bool:
         """Whether all is still owned; may raise OSError."""
@@ -59,23 +72,13 @@ def owning(
     try:
         with together(state):
             for place in _places(config) if state.is_first else []:
-                try:
+                with owner.expecting(place, partial(warn, state)):
                     owned.append(take(place, heartbeat, partial(warn, state), wish.lose))
-                except OSError as error:
-                    if place.flag != _METRICS or error.errno not in PASSING:
-                        raise _cannot_write(place, error) from error
-                    warn(state, f"{place.flag} fails and is left out from here on: {error}")
-                    owner.has_metrics_file = False
             if owned and config.checkpoint.save is not None:
                 repair(Path(config.checkpoint.save))
         yield owner
     finally:
         owner.release()
-
-
-def _cannot_write(place: Place, error: OSError) -> ConfigError:
-    fix = f"free space or permissions there, or choose another {place.flag}"
-    return ConfigError(Fault(place.flag, place.value, f"it cannot be written: {error}", fix))
 
 
 def _places(config: PretrainConfig) -> list[Place]:

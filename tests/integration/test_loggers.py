@@ -43,7 +43,7 @@ def fill(disk: Path, free_pages: int) -> Path:
 def test_a_run_whose_loggers_fail_trains_and_saves(
     world: World, disk: Path, tmp_path: Path, single, beside: bool
 ) -> None:
-    fill(disk, 2)
+    fill(disk, 3)
     save = tmp_path / "save"
     flags = ["--metrics-file", disk / "m.jsonl", "--tensorboard-dir", disk / "events"]
     flags += ["--save", save, "--save-interval", 3, "--train-iters", 20, *["--async-save"] * beside]

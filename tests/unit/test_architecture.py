@@ -18,6 +18,7 @@ NAME = PACKAGE.name
 
 LEVELS = {
     "errors": 0,
+    "output": 0,
     "config": 1,
     "ownership": 1,
     "sharing": 1,
@@ -34,7 +35,7 @@ LEVELS = {
 }
 ALLOWED_SIBLINGS = {("config", "sharing")}
 """Configuration is validated with the map it names."""
-TORCH_FREE = ("errors", "config", "ownership", "sharing")
+TORCH_FREE = ("errors", "output", "config", "ownership", "sharing")
 HEAVY = {"torch", "megatron", "transformers", "deepspeed", "numpy"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

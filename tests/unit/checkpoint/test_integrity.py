@@ -89,7 +89,9 @@ def test_a_tracker_may_name_an_older_one(two, tmp_path, single):
     root = tmp_path / "copy"
     shutil.copytree(two, root)
     (root / folders.TRACKER).write_text("3")
-    assert newest(root, single) == (3, ())
+    found = newest(root, single)
+    assert found.iteration == 3
+    assert "iter_0000005, which is newer, is left out" in found.warnings[0]
 
 
 def test_all_damaged(two, tmp_path, single):

@@ -86,3 +86,6 @@ def test_tracker(root: Path, single, count: int) -> None:
         (root / folder.TRACKER).write_bytes(changed)
         found = newest_sound(settings, single)
         assert found.iteration == 60 or (found.iteration in (20, 40) and found.warnings), what
+    (root / folder.TRACKER).write_text("40\n")
+    assert "iter_0000060, which is newer, is left out" in newest_sound(settings, single).warnings[0]
+    assert folder.passed_over(root, 40) and folder.passed_over(root, 60) is None
