@@ -126,11 +126,11 @@ def value_faults(config: Mapping[str, Any]) -> list[Fault]:
         Fault(
             f"config.json: {key}",
             config[key],
-            f"the model here is built with {allowed[0]!r} only",
+            f"the model here is built with {ONE_VALUE[key][0]!r} only",
             "this model cannot be imported",
         )
-        for key, allowed in ONE_VALUE.items()
-        if key in config and key not in read and not _among(config[key], allowed)
+        for key, value in config.items()
+        if key in ONE_VALUE and key not in read and not _among(value, ONE_VALUE[key])
     ]
 
 
