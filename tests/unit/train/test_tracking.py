@@ -92,7 +92,8 @@ def test_a_wandb_run_goes_on_beside_its_files_of_the_same_second(
 def test_the_environment_wins_over_a_default_and_a_flag_over_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment, flag, mode
 ) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # it reads the environment once in the life of a process
     monkeypatch.setenv("WANDB_MODE", environment)
     tracking: dict[str, str] = {}
     log = LogConfig(wandb_project="test", wandb_mode=flag, wandb_save_dir=str(tmp_path))
@@ -104,7 +105,8 @@ def test_the_environment_wins_over_a_default_and_a_flag_over_the_environment(
 
 
 def test_a_mode_that_wandb_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()
     monkeypatch.setenv("WANDB_MODE", "offlin")
     with pytest.raises(ConfigError, match=r"(?s)--wandb-project.*offlin"):
         Wandb(LogConfig(wandb_project="test", wandb_save_dir=str(tmp_path)), {}, {})
