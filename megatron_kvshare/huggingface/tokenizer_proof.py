@@ -50,8 +50,11 @@ def prove_tokenizer(trained: Tokenizer, folder: Path, rules: Iterable[str] = ())
     """
     from tokenizers import Tokenizer as FastTokenizer
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     bare = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would notice that it does not know the type of model
     try:
         loaded = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
@@ -59,6 +62,8 @@ def prove_tokenizer(trained: Tokenizer, folder: Path, rules: Iterable[str] = ())
     except Exception as error:  # it raises nearly anything for files that it cannot use
         rule = f"transformers cannot load what was written: {error}"
         raise _refused(folder, type(error).__name__, rule) from error
+    finally:
+        logging.set_verbosity(verbosity)
     readers: dict[str, Encode] = {
         "tokenizer.json": lambda texts: [
             each.ids for each in bare.encode_batch_fast(texts, add_special_tokens=False)
