@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def measure(run: Run, metrics: Path) -> dict[str, Any]:
     batches, length = run.config.train.eval_iters, run.config.model.seq_length
     found = {
         "iterated_loss": validate(run, run.plan, batches).loss,
-        "train_flops": train_flops_per_token(run.shape, run.plan) * run.progress.tokens,
+        "train_flops": train_flops_per_token(run.spec.shape, run.plan) * run.progress.tokens,
         **_training(metrics),
     }
     found["exact_loss"] = found["iterated_loss"]
@@ -78,12 +79,12 @@ def prefills(run: Run, exact: ExecutionPlan) -> list[dict[str, Any]]:
     """Loss and logits of several plans beside exact ones, their time over a standard stack's."""
     tokens = next(run.data.valid_batches()).tokens[:1]
     true_loss = validate(run, exact, PREFILL_BATCHES).loss
-    true_logits = run.models[0](tokens, plan=exact).value[..., : run.shape.vocab_size]
+    true_logits = run.models[0](tokens, plan=exact).value[..., : run.spec.vocab_size]
     standard = standard_model(run)
     rows = []
     for name, (stride, sweeps) in PREFILLS.items():
         plan = _plan(run, stride, sweeps)
-        logits = run.models[0](tokens, plan=plan).value[..., : run.shape.vocab_size]
+        logits = run.models[0](tokens, plan=plan).value[..., : run.spec.vocab_size]
         rows.append(
             {
                 "plan": name,
@@ -107,8 +108,8 @@ def _plan(run: Run, stride: int, sweeps: int) -> ExecutionPlan:
 def standard_model(run: Run) -> KVShareGPT:
     """An untrained standard map of the same shape, for its time."""
     plan = standard_plan(run.config.model.num_layers)
-    vocab_size = run.shape.vocab_size
-    model = KVShareGPT(run.config.model, run.config.parallel, plan, vocab_size, run.state)
+    spec = replace(run.spec, map=plan.map)
+    model = KVShareGPT(spec, run.config.parallel, plan, run.state)
     initialize(model, seed=1)
     return model
 

@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_kvshare.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_kvshare.config.shape import model_shape
 from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.megatron_api.optimizer import (
     build_optimizer,
@@ -44,6 +43,7 @@ from megatron_kvshare.sharing.cost import standard_plan, train_factor, train_ste
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import RECIPES, current_name, solver_plan
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 BATCH, SEQ, VOCAB = 4, 256, 4096
 MODEL = ModelConfig(
@@ -56,7 +56,7 @@ MODEL = ModelConfig(
     vocab_size=VOCAB,
     untie_embeddings_and_output_weights=True,
 )
-SHAPE = model_shape(MODEL, VOCAB)
+SHAPE = ModelSpec(model=MODEL, map=build_map(MODEL.num_layers), vocab_size=VOCAB).shape
 TRAIN = TrainConfig(lr=3e-4, train_iters=1000, weight_decay=0.1, clip_grad=1.0)
 NINE = [f"{p}-{q}" for p in ("pizza", "sandwich", "lasagna") for q in ("bottom", "middle", "top")]
 
@@ -103,7 +103,7 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor]:
 
 def our_step(plan: ExecutionPlan, state: parallel.ParallelState) -> Step:
     layout = ParallelConfig()
-    net = KVShareGPT(MODEL, layout, plan, VOCAB, state)
+    net = KVShareGPT(ModelSpec(model=MODEL, map=plan.map, vocab_size=VOCAB), layout, plan, state)
     initialize(net, seed=1)
     model = wrap_data_parallel(net, layout)
     optimizer = build_optimizer([model], TRAIN, layout, bf16=False)

@@ -13,7 +13,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.tensors import TensorInfo
 from megatron_kvshare.huggingface import export
 from megatron_kvshare.huggingface.configuration_kvshare import KVShareConfig
@@ -23,6 +22,7 @@ from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
 from megatron_kvshare.huggingface.settings import is_plain_llama, to_config
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
+from megatron_kvshare.spec.model_spec import ModelSpec
 from tests.product import Tiny
 
 TINY = Tiny()
@@ -48,10 +48,10 @@ def _take_remote_modules() -> dict[str, Any]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-def description(
+def model_spec(
     sharing: SharingMap, recipe: Recipe = RECIPES["paper"], tiny: Tiny = TINY
-) -> ModelDescription:
-    return ModelDescription(
+) -> ModelSpec:
+    return ModelSpec(
         model=tiny.config(sharing.num_layers),
         map=sharing,
         recipe=recipe,
@@ -68,7 +68,7 @@ def exported(
     **settings: Any,
 ) -> KVShareForCausalLM:
     """The modelling file's model; ``settings`` overrule those of its config.json."""
-    content = to_config(description(sharing, recipe, tiny), torch.float32, {})
+    content = to_config(model_spec(sharing, recipe, tiny), torch.float32, {})
     usual = {"attn_implementation": "sdpa", **_sharing(sharing, tiny)}
     config = KVShareConfig(**{**content, **usual, **settings})
     model = KVShareForCausalLM(config)
@@ -109,7 +109,7 @@ def write_folder(
 ) -> Path:
     """A Hugging Face folder with random weights; ``settings`` overrule those of config.json."""
     folder.mkdir(parents=True)
-    about = description(sharing, recipe, tiny)
+    about = model_spec(sharing, recipe, tiny)
     weights = {name: x.to(dtype) for name, x in tiny.weights(sharing).items()}
     write_weights(InMemory(weights), folder, max_shard_bytes)
     write_json(folder / "config.json", {**to_config(about, dtype, {}), **settings})

@@ -15,6 +15,7 @@ from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import fill, gather_by_name, parameter_pieces
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import jacobi_plan
+from megatron_kvshare.spec.model_spec import ModelSpec
 from tests import oracle
 
 
@@ -47,6 +48,14 @@ class Tiny:
             **self.extra,
         }
         return ModelConfig(**settings)
+
+    def spec(self, sharing: SharingMap) -> ModelSpec:
+        return ModelSpec(
+            model=self.config(sharing.num_layers),
+            map=sharing,
+            window_size=self.window,
+            vocab_size=self.vocabulary,
+        )
 
     def shape(self) -> oracle.Shape:
         config = self.config(num_layers=1)
@@ -94,14 +103,8 @@ class Tiny:
         parallel: ParallelConfig | None = None,
     ) -> KVShareGPT:
         """The product's model, its weights not set yet."""
-        return KVShareGPT(
-            self.config(sharing.num_layers),
-            parallel or ParallelConfig(),
-            jacobi_plan(sharing, *passes, skip=skip),
-            self.vocabulary,
-            state,
-            self.window,
-        )
+        plan = jacobi_plan(sharing, *passes, skip=skip)
+        return KVShareGPT(self.spec(sharing), parallel or ParallelConfig(), plan, state)
 
 
 def load_by_name(model: KVShareGPT, weights: dict[str, Tensor]) -> None:

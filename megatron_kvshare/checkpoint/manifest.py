@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_kvshare.config import CheckpointConfig, ModelConfig
+from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError, Fault, KVShareError
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
@@ -184,44 +184,6 @@ def _recipe_of_version_1(values: dict[str, Any]) -> dict[str, Any] | None:
         return None
     forward, backward = (values["config"][f"kv_{kind}_passes"] for kind in ("forward", "backward"))
     return Recipe(forward_sweeps=forward, backward_sweeps=backward).as_dict()
-
-
-def identity(
-    model: ModelConfig,
-    sharing_map: SharingMap,
-    recipe: Recipe,
-    window_size: int | None,
-    vocab_size: int,
-    tokenizer: str | None,
-) -> dict[str, Any]:
-    """What weights belong to: map, how it is computed, model, true vocabulary size, tokenizer."""
-    return {
-        "kv_map": sharing_map.notation,
-        "kv_recipe": recipe.as_dict() if sharing_map.is_cyclic else None,
-        "window_size": window_size if any(sharing_map.windowed) else None,
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.query_groups,
-        "kv_channels": model.head_dim,
-        "vocab_size": vocab_size,
-        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
-        "tokenizer": tokenizer,
-        "norm_epsilon": model.norm_epsilon,
-        "rotary_base": model.rotary_base,
-        "use_rope_scaling": model.use_rope_scaling,
-        **(_rope_scaling(model) if model.use_rope_scaling else {}),
-    }
-
-
-def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "rope_scaling_factor": model.rope_scaling_factor,
-        "rope_low_freq_factor": model.rope_low_freq_factor,
-        "rope_high_freq_factor": model.rope_high_freq_factor,
-        "rope_original_max_positions": model.rope_original_max_positions,
-    }
 
 
 def check_identity(manifest: Manifest, run: dict[str, Any], finetune: bool) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_kvshare.checkpoint import folder as folders
-from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.integrity import problems
 from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatron_kvshare.checkpoint.metadata import damaged
@@ -15,9 +14,12 @@ from megatron_kvshare.checkpoint.tensors import NativeWeights, TensorInfo, Tenso
 from megatron_kvshare.config import ParallelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.build import build_stages
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import fill
+from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.solver import solver_plan
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 _SHOWN = 8
 """Tensors that do not fit, named in one message; the others are counted."""
@@ -30,7 +32,7 @@ class StoredModel:
 
     folder: Path
     manifest: Manifest
-    description: ModelDescription
+    spec: ModelSpec
     weights: NativeWeights
     doubts: tuple[str, ...] = ()
 
@@ -54,11 +56,11 @@ def open_checkpoint(path: Path) -> StoredModel:
     reasons = problems(folder, manifest.files)
     if reasons:
         raise damaged(folder, "; ".join(reasons[:3]))
-    description, weights = ModelDescription.of(manifest), NativeWeights(folder)
-    check_weights(folder, weights.tensors, description.weights)
+    spec, weights = ModelSpec.of_identity(manifest.identity, manifest.config), NativeWeights(folder)
+    check_weights(folder, weights.tensors, spec.weight_shapes)
     # In the order of the model: files list tensors in the order in which ranks wrote them.
-    weights.tensors = {name: weights.tensors[name] for name in description.weights}
-    return StoredModel(folder, manifest, description, weights, (doubt,) if doubt else ())
+    weights.tensors = {name: weights.tensors[name] for name in spec.weight_shapes}
+    return StoredModel(folder, manifest, spec, weights, (doubt,) if doubt else ())
 
 
 def check_weights(
@@ -86,27 +88,17 @@ def check_weights(
     raise CheckpointError(faults)
 
 
-def native_model(
-    description: ModelDescription, source: TensorSource, state: ParallelState
-) -> KVShareGPT:
+def native_model(spec: ModelSpec, source: TensorSource, state: ParallelState) -> KVShareGPT:
     """The native model in one process, with the weights of ``source``."""
     assert state.world_size == 1, "one process holds the whole model"
-    model = KVShareGPT(
-        description.model,
-        ParallelConfig(),
-        solver_plan(description.map, description.recipe),
-        description.vocab_size,
-        state,
-        description.window_size,
-    )
+    plan = solver_plan(spec.map, spec.recipe)
+    (model,) = build_stages(spec, ParallelConfig(), plan, Placement.whole(spec.map).stages, state)
     fill(model, source.read)
     return model
 
 
-def whole_model(
-    description: ModelDescription, source: TensorSource, state: ParallelState
-) -> KVShareGPT:
+def whole_model(spec: ModelSpec, source: TensorSource, state: ParallelState) -> KVShareGPT:
     """The same in fp32, for scoring."""
     plain = {"bf16": False, "recompute_granularity": None, "transformer_impl": "local"}
-    model = replace(description.model, **plain)
-    return native_model(replace(description, model=model), source, state).eval()
+    model = replace(spec.model, **plain)
+    return native_model(replace(spec, model=model), source, state).eval()

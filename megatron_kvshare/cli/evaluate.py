@@ -115,7 +115,7 @@ def _scores(config: EvaluateConfig) -> list[dict[str, Any]]:
     scores = score(
         model,
         ids,
-        config.seq_length or model.description.model.max_positions,
+        config.seq_length or model.spec.model.max_positions,
         config.batch_size,
         config.gap_tokens,
         lambda scored, of: line.show(scored / of, f"{scored:,} of {of:,} tokens"),

@@ -22,14 +22,16 @@ from megatron_kvshare.config.rules_model import (
     tensor_parallel_fits,
 )
 from megatron_kvshare.config.rules_solver import SOLVER_RULES
-from megatron_kvshare.config.shape import execution_plan, model_shape, recipe
+from megatron_kvshare.config.shape import execution_plan, recipe
 from megatron_kvshare.config.sources import read_arguments
 from megatron_kvshare.config.types import SCHEMA, Count, dataclass
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing import cost, draw, patterns
-from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import recipe_name
+from megatron_kvshare.sharing.weights import parameters_by_part
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 _ASSUMED_VOCABULARY = 32000  # Llama's; only embedding and head depend on it
 
@@ -81,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
     )
     config = parse(PlanConfig, _with_layers_of_map(argv), command)
     vocabulary = config.model.vocab_size or _ASSUMED_VOCABULARY
-    shape = model_shape(config.model, vocabulary, config.sharing.window_size)
+    shape = ModelSpec.of(config.model, config.sharing, vocabulary).shape
     plan = execution_plan(config.model, config.sharing)
     for warning in _warnings(plan, shape):
         print(f"warning: {warning}", file=sys.stderr)
@@ -114,7 +116,7 @@ def as_data(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> d
         "vocab_size": shape.vocab_size,
         "kv_bytes_per_element": cost.KV_BYTES_PER_ELEMENT,
         **asdict(cost.costs(shape, plan)),
-        "parameters_by_part": cost.parameters_by_part(shape, plan.map),
+        "parameters_by_part": parameters_by_part(shape, plan.map),
     }
 
 

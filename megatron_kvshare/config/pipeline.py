@@ -10,7 +10,6 @@ from megatron_kvshare.config.rules_model import HasParallel, divisor, sharing_ma
 from megatron_kvshare.config.schema import PretrainConfig
 from megatron_kvshare.config.shape import execution_plan, recipe
 from megatron_kvshare.errors import ConfigError, Fault
-from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.draw_stages import stage_lines
 from megatron_kvshare.sharing.layout import (
     LAYOUT_FLAG,
@@ -19,6 +18,7 @@ from megatron_kvshare.sharing.layout import (
     parse_layout,
 )
 from megatron_kvshare.sharing.placement import PayloadShape, Placement
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import Start
 
 _VIRTUAL = "--num-layers-per-virtual-pipeline-stage"

@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_kvshare.config.model import ModelConfig, SharingConfig
 from megatron_kvshare.config.rules_model import sharing_map
-from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import (
     DEFAULT_RECIPE,
@@ -21,22 +20,6 @@ from megatron_kvshare.sharing.solver import (
 )
 
 _USUAL_STRIDE = {Solver.JACOBI: 1, Solver.STRIDED: 4}
-
-
-def model_shape(model: ModelConfig, vocab_size: int, window_size: int | None = None) -> ModelShape:
-    """The sizes that costs depend on; ``vocab_size`` is the true size, without padding."""
-    return ModelShape(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size or 0,  # always filled in by ModelConfig
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.head_dim,
-        vocab_size=vocab_size,
-        seq_length=model.seq_length,
-        window_size=window_size,
-        tied_embeddings=not model.untie_embeddings_and_output_weights,
-    )
 
 
 def recipe(sharing: SharingConfig, usual: Recipe = RECIPES[DEFAULT_RECIPE]) -> Recipe:

@@ -6,12 +6,12 @@ import io
 
 from rich.console import Console
 
-from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.manifest import Manifest
 from megatron_kvshare.huggingface.settings import is_plain_llama
 from megatron_kvshare.sharing import draw
 from megatron_kvshare.sharing.cost import costs
 from megatron_kvshare.sharing.solver import recipe_name, solver_plan
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 _ITERATED = """\
 Layers that read a higher one make the map *cyclic*: prompts and scored texts are computed in sweeps
@@ -21,12 +21,12 @@ as decoding does. Such a model needs the default `DynamicCache`; with flash atte
 without token subsets run."""
 
 
-def model_card(manifest: Manifest, description: ModelDescription, name: str) -> str:
+def model_card(manifest: Manifest, spec: ModelSpec, name: str) -> str:
     """Markdown with the front matter of the hub."""
-    plain = is_plain_llama(description.map)
-    plan = solver_plan(description.map, description.recipe)
-    about = costs(description.shape, plan)
-    model = description.model
+    plain = is_plain_llama(spec.map)
+    plan = solver_plan(spec.map, spec.recipe)
+    about = costs(spec.shape, plan)
+    model = spec.model
     trust = "" if plain else ", trust_remote_code=True"
     lines = [
         "---",
@@ -37,7 +37,7 @@ def model_card(manifest: Manifest, description: ModelDescription, name: str) -> 
         f"# {name}",
         "",
         f"{about.parameters:,} parameters, {model.num_layers} layers of which "
-        f"{len(description.map.producers)} own keys and values: the KV cache takes "
+        f"{len(spec.map.producers)} own keys and values: the KV cache takes "
         f"{about.kv_bytes_per_token:,} bytes per token in 16 bit, 1/{about.kv_reduction:.2f} of a "
         "model without sharing.",
         "",
@@ -50,23 +50,23 @@ def model_card(manifest: Manifest, description: ModelDescription, name: str) -> 
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
         "```",
         "",
-        f"## The map `{description.map.notation}`",
+        f"## The map `{spec.map.notation}`",
         "",
         "```text",
-        _drawn(description),
+        _drawn(spec),
         "```",
         "",
     ]
     if plan.groups:
-        lines += [_ITERATED.format(recipe=recipe_name(description.recipe)), ""]
+        lines += [_ITERATED.format(recipe=recipe_name(spec.recipe)), ""]
     lines += ["## Training", "", *_training(manifest), ""]
     return "\n".join(lines)
 
 
-def _drawn(description: ModelDescription) -> str:
-    plan = solver_plan(description.map, description.recipe)
+def _drawn(spec: ModelSpec) -> str:
+    plan = solver_plan(spec.map, spec.recipe)
     console = Console(file=io.StringIO(), width=100, no_color=True)
-    console.print(draw.map_table(plan, description.window_size))
+    console.print(draw.map_table(plan, spec.window_size))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
 

@@ -89,19 +89,19 @@ def _write(
     folder: Path,
     done: Callable[[int, int], None],
 ) -> None:
-    description = stored.description
+    spec = stored.spec
     written = write_tokenizer(*tokenizer, folder) if tokenizer else None
     tokens = written.ids if written else {}
-    config = to_config(description, weights_dtype(stored), tokens)
+    config = to_config(spec, weights_dtype(stored), tokens)
     folders.write_json(folder / folders.CONFIG, config)
     if tokenizer and written:
         prove_tokenizer(tokenizer[0], folder, written.rules)
     generation = {"_from_model_config": True, "do_sample": False, **tokens}
     folders.write_json(folder / "generation_config.json", generation)
-    if not is_plain_llama(description.map):
+    if not is_plain_llama(spec.map):
         for name in CODE:
             shutil.copyfile(HERE / name, folder / name)
-    card = model_card(stored.manifest, description, job.save.name)
+    card = model_card(stored.manifest, spec, job.save.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     folders.write_weights(stored.weights, folder, job.max_shard_bytes, done)
 
@@ -115,7 +115,7 @@ def weights_dtype(stored: StoredModel) -> torch.dtype:
 
 def _tokenizer(stored: StoredModel, job: ExportJob) -> tuple[Tokenizer, Path] | None:
     """The tokenizer of the training, or None where it had none or is not wanted."""
-    trained_with, settings = stored.description.tokenizer, stored.manifest.config
+    trained_with, settings = stored.spec.tokenizer, stored.manifest.config
     path = job.tokenizer_model or settings.get("tokenizer_model")
     if job.without_tokenizer or (path is None and trained_with is None):
         return None
@@ -130,7 +130,7 @@ def _tokenizer(stored: StoredModel, job: ExportJob) -> tuple[Tokenizer, Path] | 
     if trained_with not in (None, tokenizer.fingerprint):
         rule = "it is another tokenizer than that of the training"
         raise CheckpointError(Fault("--tokenizer-model", path, rule, fix))
-    if tokenizer.vocab_size > stored.description.vocab_size:
-        rule = f"it has {tokenizer.vocab_size} ids, the embedding {stored.description.vocab_size}"
+    if tokenizer.vocab_size > stored.spec.vocab_size:
+        rule = f"it has {tokenizer.vocab_size} ids, the embedding {stored.spec.vocab_size}"
         raise CheckpointError(Fault("--tokenizer-model", path, rule, fix))
     return tokenizer, Path(path)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron_kvshare import __version__
-from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.manifest import Manifest, Progress
 from megatron_kvshare.checkpoint.save import save_checkpoint
 from megatron_kvshare.checkpoint.stored import (
@@ -46,6 +45,7 @@ from megatron_kvshare.huggingface.verify import (
     verify,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class HuggingFaceModel:
 
     folder: Path
     config: dict[str, Any]
-    description: ModelDescription
+    spec: ModelSpec
     weights: folders.HuggingFaceWeights
     missing: tuple[str, ...]
     doubts: tuple[str, ...]
@@ -82,44 +82,44 @@ def open_folder(folder: Path) -> HuggingFaceModel:
         CheckpointError: with what is missing, damaged or cannot be built here.
     """
     config = folders.read_json(folder / folders.CONFIG)
-    description = from_config(config)
-    weights = comparable(folders.HuggingFaceWeights(folder), description.weights)
-    check_weights(folder, weights.tensors, description.weights)
+    spec = from_config(config)
+    weights = comparable(folders.HuggingFaceWeights(folder), spec.weight_shapes)
+    check_weights(folder, weights.tensors, spec.weight_shapes)
     kinds = {info.dtype for info in weights.tensors.values()}
-    model = replace(description.model, bf16=kinds == {torch.bfloat16})
+    model = replace(spec.model, bf16=kinds == {torch.bfloat16})
     missing = [name for name in code_files(config) if not (folder / name).is_file()]
     fingerprint = None
     if (folder / "tokenizer.json").is_file():
         tokenizer = HuggingFaceTokenizer(folder)
         fingerprint = tokenizer.fingerprint
-        if tokenizer.vocab_size > description.vocab_size:
-            rule = f"it has {tokenizer.vocab_size} ids, the embedding {description.vocab_size}"
+        if tokenizer.vocab_size > spec.vocab_size:
+            rule = f"it has {tokenizer.vocab_size} ids, the embedding {spec.vocab_size}"
             fix = "give the tokenizer that belongs to the model"
             raise CheckpointError(Fault(str(folder / "tokenizer.json"), "too large", rule, fix))
     else:
         missing.append("tokenizer.json")
-    description = replace(description, model=model, tokenizer=fingerprint)
+    spec = replace(spec, model=model, tokenizer=fingerprint)
     doubts = [f"{code.where} names {code.value}, which is not run" for code in foreign_code(folder)]
     doubts += config_keys.doubts(config)
     doubts += [
         f"{folder / name} is not read: transformers does not either" for name in weights.unread
     ]
-    return HuggingFaceModel(folder, config, description, weights, tuple(missing), tuple(doubts))
+    return HuggingFaceModel(folder, config, spec, weights, tuple(missing), tuple(doubts))
 
 
-def shared(found: HuggingFaceModel, job: ImportJob) -> tuple[ModelDescription, TensorSource]:
+def shared(found: HuggingFaceModel, job: ImportJob) -> tuple[ModelSpec, TensorSource]:
     """What will be saved: the model as it is, or with the sharing that was asked for."""
     if job.sharing is None:
-        return found.description, found.weights
-    map = sharing_map(found.description.model, job.sharing)
-    description = replace(
-        found.description,
+        return found.spec, found.weights
+    map = sharing_map(found.spec.model, job.sharing)
+    spec = replace(
+        found.spec,
         map=map,
         recipe=recipe(job.sharing),
         window_size=job.sharing.window_size if any(map.windowed) else None,
     )
-    weights = SharedKVWeights(found.weights, found.description, map, job.kv_init, job.seed)
-    return description, weights
+    weights = SharedKVWeights(found.weights, found.spec, map, job.kv_init, job.seed)
+    return spec, weights
 
 
 def import_folder(found: HuggingFaceModel, job: ImportJob, state: ParallelState) -> Verified:
@@ -131,27 +131,27 @@ def import_folder(found: HuggingFaceModel, job: ImportJob, state: ParallelState)
     """
     if found.config.get("model_type") == config_keys.MODEL_TYPE:
         refuse_foreign_code(found.folder, "restore the files that were exported")
-    description, source = shared(found, job)
+    spec, source = shared(found, job)
     with written_aside(job.save) as aside:
-        _save(description, source, found, aside, state)
+        _save(spec, source, found, aside, state)
         return _prove(open_checkpoint(aside), found, job, state)
 
 
 def _save(
-    description: ModelDescription,
+    spec: ModelSpec,
     source: TensorSource,
     found: HuggingFaceModel,
     root: Path,
     state: ParallelState,
 ) -> None:
-    model = native_model(description, source, state)
+    model = native_model(spec, source, state)
     manifest = Manifest(
-        identity=description.identity,
+        identity=spec.identity,
         progress=Progress(),
         tensor_parallel=1,
         data_parallel=1,
         has_optimizer=False,
-        config=_settings(description, found),
+        config=_settings(spec, found),
         versions={
             "megatron_kvshare": __version__,
             "torch": torch.__version__,
@@ -161,15 +161,15 @@ def _save(
     save_checkpoint(root, manifest, [model], None, state)
 
 
-def _settings(description: ModelDescription, found: HuggingFaceModel) -> dict:
+def _settings(spec: ModelSpec, found: HuggingFaceModel) -> dict:
     """The settings a run would have, for the reader and for a later export."""
-    sharing = SharingConfig(kv_map=description.map.notation, window_size=description.window_size)
-    has_tokenizer = description.tokenizer is not None
+    sharing = SharingConfig(kv_map=spec.map.notation, window_size=spec.window_size)
+    has_tokenizer = spec.tokenizer is not None
     data = DataConfig(
         tokenizer_type="HuggingFaceTokenizer" if has_tokenizer else "NullTokenizer",
         tokenizer_model=str(found.folder.resolve()) if has_tokenizer else None,
     )
-    return as_dict(PretrainConfig(model=description.model, sharing=sharing, data=data))
+    return as_dict(PretrainConfig(model=spec.model, sharing=sharing, data=data))
 
 
 def _prove(
@@ -181,7 +181,7 @@ def _prove(
     if job.sharing is None and runs:
         return compare(stored, found.folder, state)
     if runs:
-        same_logits(found.description, found.weights, found.folder, found.config, state)
+        same_logits(found.spec, found.weights, found.folder, found.config, state)
     results: list[Verified] = []
     with tempfile.TemporaryDirectory(dir=job.save.parent) as scratch:
         again = ExportJob(save=Path(scratch) / "again", without_tokenizer=True)

@@ -6,18 +6,18 @@ the layers that will read it. Source: arXiv 2410.14442, section 4 (``mean``); ``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 
 import networkx
 import torch
 
-from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.tensors import TensorInfo, TensorSource
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.weights import layer_prefix, weight_shapes
+from megatron_kvshare.sharing.weights import layer_prefix
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 
 class KVInit(StrEnum):
@@ -43,7 +43,7 @@ class _Alignment:
 
 
 class SharedKVWeights:
-    """The tensors of ``description``'s model under the sharing ``map``, made when they are read.
+    """The tensors of ``spec``'s model under the sharing ``map``, made when they are read.
 
     ``aligned``: the keys of a KV head may be rotated in the planes that the rotary embedding
     rotates, and its values by any orthogonal matrix, if the queries of its group and the columns of
@@ -59,20 +59,20 @@ class SharedKVWeights:
     def __init__(
         self,
         source: TensorSource,
-        description: ModelDescription,
+        spec: ModelSpec,
         map: SharingMap,
         init: KVInit,
         seed: int = 1234,
     ) -> None:
-        self.source, self.shape, self.map = source, description.shape, map
+        self.source, self.shape, self.map = source, spec.shape, map
         self.init, self.seed = init, seed
-        self.std = description.model.init_method_std
-        owners = set(description.map.producers)
-        if map.num_layers != description.map.num_layers or set(range(map.num_layers)) - owners:
+        self.std = spec.model.init_method_std
+        owners = set(spec.map.producers)
+        if map.num_layers != spec.map.num_layers or set(range(map.num_layers)) - owners:
             rule = "every layer of the source must own its keys and values, as many as in the map"
             fix = "start from a model without sharing, of the same depth"
             raise MapError(Fault("--kv-pattern", map.notation, rule, fix))
-        shapes = weight_shapes(self.shape, map)
+        shapes = replace(spec, map=map).weight_shapes
         self.tensors = {
             name: TensorInfo(shape, source.tensors[name].dtype) for name, shape in shapes.items()
         }

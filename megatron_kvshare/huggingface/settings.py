@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.errors import CheckpointError, Fault, MapError
 from megatron_kvshare.huggingface.config_keys import (
@@ -21,6 +20,7 @@ from megatron_kvshare.huggingface.config_keys import (
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import Recipe, Solver, Start
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 _MOST_LAYERS = 10_000
 """More are a mistake, and would take minutes to lay out."""
@@ -70,36 +70,34 @@ def is_plain_llama(map: SharingMap) -> bool:
     return map.producers == tuple(range(map.num_layers)) and not any(map.windowed)
 
 
-def to_config(
-    description: ModelDescription, dtype: torch.dtype, tokens: Mapping[str, int]
-) -> dict[str, Any]:
+def to_config(spec: ModelSpec, dtype: torch.dtype, tokens: Mapping[str, int]) -> dict[str, Any]:
     """The content of ``config.json``; ``tokens``: ``bos_token_id``, ``eos_token_id`` as far as
     there are any."""
-    model = description.model
+    model = spec.model
     values = {**vars(model), "num_query_groups": model.query_groups, "kv_channels": model.head_dim}
     values["max_position_embeddings"] = model.max_positions
     config: dict[str, Any] = {theirs: values[ours] for ours, theirs in _NUMBERS.items()}
-    config["vocab_size"] = description.vocab_size
+    config["vocab_size"] = spec.vocab_size
     config["tie_word_embeddings"] = not model.untie_embeddings_and_output_weights
     config["dtype"] = str(dtype).removeprefix("torch.")
     config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens}
     scaling = None
     if model.use_rope_scaling:
         scaling = {"rope_type": "llama3", **{key: values[ours] for ours, key in _LLAMA3.items()}}
-    if is_plain_llama(description.map):
+    if is_plain_llama(spec.map):
         config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_LLAMA_ONLY}
         return config | {"rope_theta": model.rotary_base, "rope_scaling": scaling}
     config |= {"model_type": MODEL_TYPE, "architectures": ["KVShareForCausalLM"]}
     rope = {"rope_theta": model.rotary_base, **(scaling or {"rope_type": "default"})}
-    return config | {"auto_map": _AUTO_MAP, "rope_parameters": rope, **_sharing(description)}
+    return config | {"auto_map": _AUTO_MAP, "rope_parameters": rope, **_sharing(spec)}
 
 
-def _sharing(description: ModelDescription) -> dict[str, Any]:
-    map, recipe = description.map, description.recipe
+def _sharing(spec: ModelSpec) -> dict[str, Any]:
+    map, recipe = spec.map, spec.recipe
     layers = {
         "kv_source_layers": list(map.sources),
         "kv_windowed_layers": [layer for layer, on in enumerate(map.windowed) if on],
-        "kv_window_size": description.window_size if any(map.windowed) else None,
+        "kv_window_size": spec.window_size if any(map.windowed) else None,
     }
     if not map.is_cyclic:
         return layers
@@ -112,17 +110,17 @@ def _sharing(description: ModelDescription) -> dict[str, Any]:
     }
 
 
-def from_config(config: Mapping[str, Any]) -> ModelDescription:
+def from_config(config: Mapping[str, Any]) -> ModelSpec:
     """The model that a ``config.json`` describes.
 
     Raises:
         CheckpointError: with everything that cannot be built here, and why.
     """
     reader = _Reader(config)
-    description = reader.description()
-    if reader.faults or description is None:
+    spec = reader.spec()
+    if reader.faults or spec is None:
         raise CheckpointError(reader.faults)
-    return description
+    return spec
 
 
 def shape_flags(config: Mapping[str, Any]) -> list[str]:
@@ -146,7 +144,7 @@ class _Reader:
     def fault(self, key: str, rule: str, fix: str = "mend config.json") -> None:
         self.faults.append(Fault(f"config.json: {key}", self.config.get(key), rule, fix))
 
-    def description(self) -> ModelDescription | None:
+    def spec(self) -> ModelSpec | None:
         kinds = {
             MODEL_TYPE: self._kvshare,
             LLAMA: self._llama,
@@ -182,7 +180,7 @@ class _Reader:
             return None
         if self.faults:
             return None
-        return ModelDescription(model=model, vocab_size=vocab_size, **sharing)
+        return ModelSpec(model=model, vocab_size=vocab_size, **sharing)
 
     def _whole(self, key: str, least: int = 1, most: int | None = None) -> int:
         value = self.config.get(key)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.stored import StoredModel, whole_model
 from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.errors import CheckpointError, Fault
@@ -22,6 +21,7 @@ from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.solver import solver_plan
 from megatron_kvshare.sharing.weights import EMBEDDING, HEAD
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 LOGIT_LIMIT = 1e-5
 """Largest difference of fp32 logits, relative to the largest logit."""
@@ -84,17 +84,17 @@ def compare(stored: StoredModel, folder: Path, state: ParallelState) -> Verified
         CheckpointError: they are not the same model; every difference found is named.
     """
     config = folders.read_json(folder / folders.CONFIG)
-    _same_description(stored, folder, config)
+    _same_spec(stored, folder, config)
     weights = folders.HuggingFaceWeights(folder)
-    count = _same_tensors(stored.weights, comparable(weights, stored.description.weights), folder)
+    count = _same_tensors(stored.weights, comparable(weights, stored.spec.weight_shapes), folder)
     difference = None
     if runs_here(config):
-        difference = same_logits(stored.description, stored.weights, folder, config, state)
+        difference = same_logits(stored.spec, stored.weights, folder, config, state)
     return Verified(count, difference)
 
 
 def same_logits(
-    description: ModelDescription,
+    spec: ModelSpec,
     weights: TensorSource,
     folder: Path,
     config: Mapping[str, Any],
@@ -105,7 +105,7 @@ def same_logits(
     Raises:
         CheckpointError: they differ by more than rounding, or the folder's cannot be run.
     """
-    difference = logit_difference(description, weights, folder, config, state)
+    difference = logit_difference(spec, weights, folder, config, state)
     if not difference.value <= difference.limit:
         rule = f"fp32 logits may differ by {difference.limit:.0e} of the largest"
         fix = "convert again; if it stays, report it with both config.json and kvshare.json"
@@ -139,8 +139,8 @@ def comparable(
     return weights
 
 
-def _same_description(stored: StoredModel, folder: Path, config: Mapping[str, Any]) -> None:
-    mine, theirs = stored.description.identity, from_config(config).identity
+def _same_spec(stored: StoredModel, folder: Path, config: Mapping[str, Any]) -> None:
+    mine, theirs = stored.spec.identity, from_config(config).identity
     faults = [
         Fault(
             f"{folder / folders.CONFIG}: {name}",
@@ -182,7 +182,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def logit_difference(
-    description: ModelDescription,
+    spec: ModelSpec,
     weights: TensorSource,
     folder: Path,
     config: Mapping[str, Any],
@@ -191,20 +191,20 @@ def logit_difference(
     """The same random tokens through both models; windows, whose width the descriptions agree on,
     are narrowed for both where the tokens would not reach their end."""
     generator = torch.Generator().manual_seed(0)
-    length = min(LENGTH, description.model.max_positions)
-    tokens = torch.randint(description.vocab_size, (BATCH, length), generator=generator)
+    length = min(LENGTH, spec.model.max_positions)
+    tokens = torch.randint(spec.vocab_size, (BATCH, length), generator=generator)
     narrow: dict[str, int] = {}
-    if description.window_size is not None and any(description.map.windowed):
-        window = min(description.window_size, max(length // 4, 1))
-        description = replace(description, window_size=window)
+    if spec.window_size is not None and any(spec.map.windowed):
+        window = min(spec.window_size, max(length // 4, 1))
+        spec = replace(spec, window_size=window)
         narrow = {_WINDOWS[config["model_type"]]: window}
     theirs = _logits(folder, config, narrow, tokens)
-    model = whole_model(description, weights, state)
-    plan = solver_plan(description.map, description.recipe.for_length(length))
+    model = whole_model(spec, weights, state)
+    plan = solver_plan(spec.map, spec.recipe.for_length(length))
 
     def run() -> torch.Tensor:
         logits = model(tokens.to(state.platform.device), plan=plan).value
-        return logits[..., : model.vocab_size].cpu()
+        return logits[..., : spec.vocab_size].cpu()
 
     mine = run()
     value, limit = _relative(mine, theirs), LOGIT_LIMIT

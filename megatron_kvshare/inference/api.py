@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 
-from megatron_kvshare.checkpoint.description import ModelDescription
 from megatron_kvshare.checkpoint.stored import open_checkpoint, whole_model
 from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.errors import ConfigError, Fault
@@ -19,6 +18,7 @@ from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import EXACT_RESIDUAL_FP32, exact_plan, solver_plan
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 Mode = Literal["sweeps", "exact"]
 
@@ -26,9 +26,9 @@ Mode = Literal["sweeps", "exact"]
 class LoadedModel:
     """A whole model in fp32 on one device, ready to score tokens."""
 
-    def __init__(self, model: KVShareGPT, description: ModelDescription) -> None:
+    def __init__(self, model: KVShareGPT, spec: ModelSpec) -> None:
         self.model = model
-        self.description = description
+        self.spec = spec
 
     @property
     def device(self) -> torch.device:
@@ -37,7 +37,7 @@ class LoadedModel:
     def plan(self, mode: Mode, length: int) -> ExecutionPlan:
         """``sweeps``: as the model was trained; ``exact``: sweeps until nothing moves, which is
         what decoding token by token computes. Maps without upward layers know no difference."""
-        about = self.description
+        about = self.spec
         if mode == "exact":
             return exact_plan(about.map, length, EXACT_RESIDUAL_FP32)
         if mode in ("sweeps", "passes"):  # the earlier word
@@ -52,7 +52,7 @@ class LoadedModel:
         Raises:
             ConfigError: a token outside the vocabulary, another shape, an unknown mode.
         """
-        about = self.description
+        about = self.spec
         if token_ids.dim() != 2 or token_ids.numel() == 0 or token_ids.is_floating_point():
             rule = "token ids are whole numbers [batch, seq], at least one"
             fix = "for a single text use torch.tensor([ids])"
@@ -79,19 +79,19 @@ def load_model(path: str | Path, device: Literal["auto", "cpu"] = "auto") -> Loa
         CheckpointError: nothing there that can be loaded, or it is damaged.
     """
     folder = Path(path)
-    description: ModelDescription
+    spec: ModelSpec
     source: TensorSource
     if (folder / CONFIG).is_file():
         found = open_folder(folder)
         for doubt in found.doubts:
             warnings.warn(doubt, stacklevel=2)
-        description, source = found.description, found.weights
+        spec, source = found.spec, found.weights
     else:
         stored = open_checkpoint(folder)
         for doubt in stored.doubts:
             warnings.warn(doubt, stacklevel=2)
-        description, source = stored.description, stored.weights
-    return LoadedModel(whole_model(description, source, _alone(device)), description)
+        spec, source = stored.spec, stored.weights
+    return LoadedModel(whole_model(spec, source, _alone(device)), spec)
 
 
 def _alone(device: str) -> parallel.ParallelState:

@@ -56,8 +56,8 @@ def tokens_of_files(prefix: str, split: str | None, model: LoadedModel) -> torch
         raise DataError(Fault("--split", split, rule, "leave it out to evaluate on all of them"))
     ids = torch.from_numpy(files.tokens(first, end).astype(numpy.int64))
     for token in (int(ids.min()), int(ids.max())):
-        if not 0 <= token < model.description.vocab_size:
-            rule = f"the model has {model.description.vocab_size} token ids"
+        if not 0 <= token < model.spec.vocab_size:
+            rule = f"the model has {model.spec.vocab_size} token ids"
             raise DataError(Fault(prefix, token, rule, "use data of the model's tokenizer"))
     return ids
 
@@ -98,7 +98,7 @@ def score(
 ) -> Scores:
     """Score ``ids`` in windows of ``length``; the exact evaluation covers the first
     ``gap_tokens``, whole batches."""
-    cyclic = model.description.map.is_cyclic
+    cyclic = model.spec.map.is_cyclic
     sums = {"loss": 0.0, "near": 0.0, "exact": 0.0, "kl": 0.0}
     tokens = near_tokens = 0
     for window in windows(ids, length, batch):

@@ -18,6 +18,7 @@ from megatron.core.optimizer import (
     OptimizerConfig,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_kvshare.config import ParallelConfig, TrainConfig
@@ -29,6 +30,8 @@ __all__ = ["DistributedDataParallel", "MegatronOptimizer", "OptimizerParamSchedu
 
 Models = Sequence[DistributedDataParallel]
 """The pipeline stages of this rank, wrapped for data parallelism."""
+
+_UNDECAYED = ParamKey(predicate=ParamPredicate("undecayed", lambda weight: not weight.decays))
 
 
 def wrap_stages(models: Sequence[torch.nn.Module], parallel: ParallelConfig) -> Models:
@@ -61,7 +64,8 @@ def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> Dist
 def build_optimizer(
     models: Models, train: TrainConfig, parallel: ParallelConfig, bf16: bool
 ) -> MegatronOptimizer:
-    """AdamW with fp32 state; weights with one dimension (norms) are not decayed.
+    """AdamW with fp32 state; which weights are decayed the model says, by the flag ``decays`` on
+    each parameter.
 
     With the distributed optimizer every data-parallel rank owns a part of the state. torch's fused
     kernel replaces the default one where megatron-core fell back to torch: same values to
@@ -82,7 +86,7 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     with cpu_mode():
-        optimizer = get_megatron_optimizer(config, list(models))
+        optimizer = get_megatron_optimizer(config, list(models), {_UNDECAYED: {"wd_mult": 0.0}})
     for inner in _inner_optimizers(optimizer):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.model.kernels import causal_kernel
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.rotary import Rotary, rotary
 from megatron_kvshare.model.visibility import SequenceLayout, Visibility
-from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.plan import subset_length
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 BLOCKWISE_FROM = 512
 """Queries from which one causal kernel per pair of blocks beats one kernel with a mask (measured on
@@ -38,9 +37,8 @@ class VisitContext:
     """
 
     rotary: Rotary
-    sharing: SharingMap
+    spec: ModelSpec
     layout: SequenceLayout
-    window_size: int | None
     blockwise: bool
     stride: int = 1
     offset: int = 0
@@ -58,14 +56,14 @@ class VisitContext:
 
     def visibility(self, layer: int, known: int = 1) -> Visibility:
         """What ``layer`` may see of the first ``known`` blocks of keys."""
-        strict, windowed = self.sharing.is_upward(layer), self.sharing.windowed[layer]
+        strict, windowed = self.spec.map.is_upward(layer), self.spec.map.windowed[layer]
         key = (strict, windowed, known)
         if key not in self._seen:
             self._seen[key] = self._visibility(strict, windowed, known)
         return self._seen[key]
 
     def _visibility(self, strict: bool, windowed: bool, known: int) -> Visibility:
-        window = self.window_size if windowed else None
+        window = self.spec.window_size if windowed else None
         if self.stride == 1:
             return self.layout.visibility(strict, window)
         full = window is None or window >= self.layout.length
@@ -117,17 +115,13 @@ class SequenceContexts:
 
 
 def sequence_contexts(
-    config: ModelConfig,
-    sharing: SharingMap,
-    window_size: int | None,
-    layout: SequenceLayout,
-    position_ids: torch.Tensor | None,
+    spec: ModelSpec, layout: SequenceLayout, position_ids: torch.Tensor | None
 ) -> SequenceContexts:
     """``position_ids`` ``[b, s]`` when documents restart their positions, else None for 0..s-1."""
     positions = position_ids
     if positions is None:
         positions = torch.arange(layout.length, device=layout.device)
-    tables = rotary(positions, config, layout.dtype)
-    whole = VisitContext(tables, sharing, layout, window_size, blockwise=False)
-    kernel = causal_kernel(layout.device, layout.dtype, config.head_dim)
+    tables = rotary(positions, spec.model, layout.dtype)
+    whole = VisitContext(tables, spec, layout, blockwise=False)
+    kernel = causal_kernel(layout.device, layout.dtype, spec.model.head_dim)
     return SequenceContexts(whole, has_block_kernel=kernel is not None)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from megatron_kvshare.config import ModelConfig, ParallelConfig
+from megatron_kvshare.config import ParallelConfig
 from megatron_kvshare.megatron_api.layers import (
     ColumnParallel,
     VocabEmbedding,
@@ -23,6 +23,7 @@ from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.model.visibility import SequenceLayout
 from megatron_kvshare.sharing.placement import Placement, Stage
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 
 class ModelOutput(NamedTuple):
@@ -43,28 +44,26 @@ class KVShareGPT(nn.Module):
     ``stage`` the part of the model that is here (left out: all of it).
 
     Weights are uninitialised memory until :func:`megatron_kvshare.model.parameters.initialize` or a
-    checkpoint fills them. ``vocab_size`` is the true one; rows beyond it are padding that never
-    enters the softmax.
+    checkpoint fills them. Rows beyond the true vocabulary are padding that never enters the
+    softmax.
     """
 
     def __init__(
         self,
-        model: ModelConfig,
+        spec: ModelSpec,
         parallel: ParallelConfig,
         plan: ExecutionPlan,
-        vocab_size: int,
         state: ParallelState,
-        window_size: int | None = None,
         stage: Stage | None = None,
     ) -> None:
         super().__init__()
+        assert plan.map == spec.map, "the plan is one of another map"
+        model, vocab_size = spec.model, spec.vocab_size
         self.stage = stage or Placement.whole(plan.map).stages[0]
         device = state.platform.device
         self.config = transformer_config(model, parallel, device, self.stage.chunks)
-        self.model_config = model
+        self.spec = spec
         self.plan = plan
-        self.vocab_size = vocab_size
-        self.window_size = window_size
         self.heads = HeadLayout.of(model, state.tp_rank, state.tp_size)
         padded = model.padded_vocab_size(state.tp_size, vocab_size)
         tied = not model.untie_embeddings_and_output_weights
@@ -90,6 +89,9 @@ class KVShareGPT(nn.Module):
             weight = self.shared_embedding_or_output_weight()
             weight.shared_embedding = True  # type: ignore[attr-defined]
             weight.shared = head_is_copy  # type: ignore[attr-defined]  # counted once in the norm
+        for weight in spec.weights_on(self.stage):
+            held_in = self.get_parameter(weight.parameter_on(self.stage))
+            held_in.decays = weight.decays  # type: ignore[attr-defined]  # read by the optimizer
         local_rows = padded // state.tp_size
         self.true_columns = min(max(vocab_size - state.tp_rank * local_rows, 0), local_rows)
 
@@ -128,9 +130,7 @@ class KVShareGPT(nn.Module):
         layout = SequenceLayout(
             token_ids.shape[1], token_ids.device, self.config.params_dtype, document_ids
         )
-        return sequence_contexts(
-            self.model_config, self.plan.map, self.window_size, layout, position_ids
-        )
+        return sequence_contexts(self.spec, layout, position_ids)
 
     def predict(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Norm, head and loss over ``[s, b, h]``: fp32 ``[b, s]``, or logits without labels."""

@@ -1,33 +1,25 @@
 """The parameter map (L3): every local weight as parts of true, named, full tensors.
 
-Names and shapes are those of :mod:`megatron_kvshare.sharing.weights`. Initialisation, checkpoints
-and comparisons across layouts ask :func:`parameter_pieces`; nobody else knows how weights are fused
-or split.
+:func:`parameter_pieces` applies the table of :mod:`megatron_kvshare.sharing.weights` to one rank's
+parameters. Initialisation, checkpoints and comparisons across layouts ask it; nobody else knows how
+weights are fused or split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_kvshare.config.shape import model_shape
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.sharing.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    layer_prefix,
-    weight_shapes,
-)
-
-_RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
+from megatron_kvshare.model.heads import HeadLayout
+from megatron_kvshare.sharing.weights import Init, Split, Weight
 
 
 @dataclass(frozen=True)
@@ -59,92 +51,39 @@ class Piece:
         )
 
 
-class _Splitter:
-    """Builds pieces for one tensor-parallel rank."""
-
-    def __init__(self, tp_rank: int, tp_size: int) -> None:
-        self.tp_rank = tp_rank
-        self.tp_size = tp_size
-
-    def even(self, name: str, shape: tuple[int, ...], dim: int, local_start: int = 0) -> Piece:
-        part = shape[dim] // self.tp_size
-        start = self.tp_rank * part
-        return Piece(name, shape, dim, start, start + part, local_start)
-
-    def stacked(self, *parts: tuple[str, tuple[int, ...]]) -> tuple[Piece, ...]:
-        """Several matrices, each split by rows, one above the other in one local parameter."""
-        pieces: list[Piece] = []
-        for name, shape in parts:
-            below = pieces[-1].local_start + shape_part(pieces[-1]) if pieces else 0
-            pieces.append(self.even(name, shape, 0, below))
-        return tuple(pieces)
-
-    def vocabulary(self, name: str, vocab_size: int, hidden: int, local_rows: int) -> Piece:
-        start = min(self.tp_rank * local_rows, vocab_size)
-        stop = min((self.tp_rank + 1) * local_rows, vocab_size)
-        return Piece(name, (vocab_size, hidden), 0, start, stop)
-
-
-def shape_part(piece: Piece) -> int:
-    """Rows or columns of the piece on this rank."""
-    return piece.stop - piece.start
-
-
-_EVEN = {
-    "self_attention.linear_proj": ("self_attn.o_proj.weight", 1),
-    "mlp.linear_fc2": ("mlp.down_proj.weight", 1),
-}
-_STACKED = {
-    "self_attention.linear_qkv": tuple(f"self_attn.{p}_proj.weight" for p in "qkv"),
-    "mlp.linear_fc1": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-}
-_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-
-
 def parameter_pieces(model: KVShareGPT) -> dict[str, tuple[Piece, ...]]:
     """Local parameter name -> the pieces of full tensors it holds, top to bottom."""
-    shape = model_shape(model.model_config, model.vocab_size)
-    shapes = weight_shapes(shape, model.plan.map)
-    split = _Splitter(model.heads.tp_rank, model.heads.tp_size)
+    parameters = dict(model.named_parameters())
     pieces: dict[str, tuple[Piece, ...]] = {}
-    tied = model.share_embeddings_and_output_weights
-    for end, name in (("embedding", EMBEDDING), ("output_layer", EMBEDDING if tied else HEAD)):
-        weight = getattr(getattr(model, end), "weight", None)
-        if weight is not None:
-            part = split.vocabulary(name, *shapes[name], weight.shape[0])
-            pieces[f"{end}.weight"] = (part,)
-    if model.decoder.final_layernorm is not None:
-        pieces["decoder.final_layernorm.weight"] = (Piece(FINAL_NORM, shapes[FINAL_NORM]),)
-    for local, number in enumerate(model.stage.layers):
-        prefix = layer_prefix(number)
-        mine = {name: each for name, each in shapes.items() if name.startswith(prefix)}
-        for name, parts in _layer_pieces(prefix, mine, split).items():
-            pieces[f"decoder.layers.{local}.{name}"] = parts
-    assert pieces.keys() == dict(model.named_parameters()).keys(), "a parameter has no name"
+    for weight in model.spec.weights_on(model.stage):
+        name = weight.parameter_on(model.stage)
+        above = pieces.get(name, ())
+        start = above[-1].local_start + above[-1].stop - above[-1].start if above else 0
+        pieces[name] = (*above, _piece(weight, parameters[name], start, model.heads))
+    assert pieces.keys() == parameters.keys(), "a parameter has no name"
     return pieces
 
 
-def _layer_pieces(
-    prefix: str, shapes: Mapping[str, tuple[int, ...]], split: _Splitter
-) -> dict[str, tuple[Piece, ...]]:
-    pieces: dict[str, tuple[Piece, ...]] = {}
-    for local, names in _STACKED.items():
-        full = [prefix + name for name in names if prefix + name in shapes]
-        pieces[f"{local}.weight"] = split.stacked(*((name, shapes[name]) for name in full))
-    for local, (name, dim) in _EVEN.items():
-        pieces[f"{local}.weight"] = (split.even(prefix + name, shapes[prefix + name], dim),)
-    for norm in _NORMS:
-        pieces[norm] = (Piece(prefix + norm, shapes[prefix + norm]),)
-    return pieces
+def _piece(weight: Weight, held_in: nn.Parameter, local_start: int, heads: HeadLayout) -> Piece:
+    """What one tensor-parallel rank holds of a full tensor."""
+    name, shape = weight.name, weight.shape
+    if weight.split is Split.WHOLE:
+        return Piece(name, shape)
+    dim = 1 if weight.split is Split.COLUMNS else 0
+    # Of a padded vocabulary a rank holds as many rows as its parameter, the last ones fewer.
+    padded = weight.split is Split.VOCABULARY
+    part = held_in.shape[0] if padded else shape[dim] // heads.tp_size
+    start, stop = (min((heads.tp_rank + i) * part, shape[dim]) for i in (0, 1))
+    return Piece(name, shape, dim, start, stop, local_start)
 
 
-def _initial_tensor(piece: Piece, seed: int, std: float) -> torch.Tensor:
+def _initial_tensor(weight: Weight, seed: int, std: float) -> torch.Tensor:
     """The full initial tensor: a function of (seed, name, true shape) and nothing else."""
-    if len(piece.shape) == 1:
-        return torch.ones(piece.shape)
-    digest = hashlib.sha256(f"{seed}:{piece.name}".encode()).digest()
+    if weight.init is Init.ONES:
+        return torch.ones(weight.shape)
+    digest = hashlib.sha256(f"{seed}:{weight.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(piece.shape).normal_(0.0, std, generator=generator)
+    return torch.empty(weight.shape).normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()
@@ -154,17 +93,16 @@ def initialize(model: KVShareGPT, seed: int) -> None:
 
     Equal on every layout and vocabulary padding, because each tensor is drawn whole and then cut.
     """
-    settings = model.model_config
+    settings = model.spec.model
     residual_std = settings.init_method_std / math.sqrt(2 * settings.num_layers)
-    parameters = dict(model.named_parameters())
-    for local_name, pieces in parameter_pieces(model).items():
-        parameters[local_name].zero_()
-        for piece in pieces:
-            is_output = piece.name.endswith(_RESIDUAL_OUTPUTS)
-            full = _initial_tensor(
-                piece, seed, residual_std if is_output else settings.init_method_std
-            )
-            piece.of_local(parameters[local_name]).copy_(piece.of_full(full))
+    table = {weight.name: weight for weight in model.spec.weights}
+
+    def initial(name: str) -> torch.Tensor:
+        is_output = table[name].init is Init.RESIDUAL
+        std = residual_std if is_output else settings.init_method_std
+        return _initial_tensor(table[name], seed, std)
+
+    fill(model, initial)
 
 
 @torch.no_grad()

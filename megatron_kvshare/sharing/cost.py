@@ -1,4 +1,4 @@
-"""What a sharing map costs: parameters, FLOPs, KV cache (L1, no torch).
+"""What a sharing map costs: FLOPs, KV cache (L1, no torch).
 
 FLOPs are counted from the steps of an :class:`ExecutionPlan`, so they are what the sweeps need
 after skipping. Conventions: one multiply-add = 2 FLOPs; matrix products only (no norms, rotations,
@@ -25,38 +25,15 @@ from megatron_kvshare.sharing.plan import (
     Visit,
     subset_length,
 )
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import jacobi_plan
+from megatron_kvshare.sharing.weights import parameters
 
 KV_BYTES_PER_ELEMENT = 2  # a cache is kept in 16 bit
 _FLOPS_PER_MAC = 2
 TRAIN_OVER_FORWARD = 3  # forward + backward
 # AdamW per element: two moments 7, bias corrections 2, update 4, decay 2; gradient clipping 3.
 _OPTIMIZER_FLOPS_PER_PARAMETER = 18
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """The sizes that costs depend on, with Megatron's names. Attention windows are in tokens."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    vocab_size: int
-    seq_length: int
-    window_size: int | None = None
-    tied_embeddings: bool = True
-
-    @property
-    def query_width(self) -> int:
-        return self.num_attention_heads * self.kv_channels
-
-    @property
-    def kv_width(self) -> int:
-        """Width of the keys (and of the values) of one layer."""
-        return self.num_query_groups * self.kv_channels
 
 
 @dataclass(frozen=True)
@@ -109,25 +86,7 @@ def standard_plan(num_layers: int) -> ExecutionPlan:
     return jacobi_plan(SharingMap(tuple(range(num_layers)), (False,) * num_layers))
 
 
-# ---- memory of weights and cache ----
-
-
-def parameters_by_part(shape: ModelShape, map: SharingMap) -> dict[str, int]:
-    """Number of weights, without vocabulary padding. Consumers own no key and value projection."""
-    hidden, layers = shape.hidden_size, shape.num_layers
-    return {
-        "embedding": shape.vocab_size * hidden,
-        "attention": layers * 2 * hidden * shape.query_width,
-        "keys_and_values": len(map.producers) * 2 * hidden * shape.kv_width,
-        "mlp": layers * 3 * hidden * shape.ffn_hidden_size,
-        "norms": (2 * layers + 1) * hidden,
-        "output_head": 0 if shape.tied_embeddings else shape.vocab_size * hidden,
-    }
-
-
-def parameters(shape: ModelShape, map: SharingMap) -> int:
-    """Number of trained weights."""
-    return sum(parameters_by_part(shape, map).values())
+# ---- memory of the cache ----
 
 
 def kv_bytes_per_token(

@@ -6,9 +6,10 @@ from rich import box
 from rich.table import Table
 
 from megatron_kvshare.sharing import cost
-from megatron_kvshare.sharing.cost import Costs, ModelShape
+from megatron_kvshare.sharing.cost import Costs
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.plan import ExecutionPlan, Segment, StepMode, Sweep
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import CONVERGED_PREFILL, RECIPES, solver_plan
 
 _BRACKET = {"first": "╭", "inside": "│", "last": "╰", "up": "↑", "down": "↓"}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_kvshare.sharing import cost
 from megatron_kvshare.sharing.layout import LAYOUT_FLAG, layout_text, proposed_layout, slowest_stage
-from megatron_kvshare.sharing.placement import PayloadShape, Placement, Stage, stage_parameters
+from megatron_kvshare.sharing.placement import PayloadShape, Placement, Stage
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.traffic import (
     FLOPS_PER_BYTE,
@@ -14,6 +14,7 @@ from megatron_kvshare.sharing.traffic import (
     cut_traffic,
     layer_work,
 )
+from megatron_kvshare.sharing.weights import stage_parameters
 
 _TITLES = (
     *("stage", "rank", "layers", "makes KV", "receives", "forwards", "parameters", "work"),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_kvshare.sharing.cost import ModelShape, parameters
-from megatron_kvshare.sharing.placement import Placement, stage_parameters
+from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan, StepMode
+from megatron_kvshare.sharing.shape import ModelShape
+from megatron_kvshare.sharing.weights import parameters, stage_parameters
 
 _FP32_BYTES = 4
 

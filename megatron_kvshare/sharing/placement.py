@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.layout import Layout
 from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,6 @@ class Placement:
         for layer, source in enumerate(self.map.sources):
             if self.map.is_upward(layer) and self.stage_of(layer) != self.stage_of(source):
                 yield layer, source
-
-
-def stage_parameters(shape: ModelShape, map: SharingMap, stage: Stage) -> int:
-    """Number of weights of one pipeline stage; a tied head apart from the embedding is a copy."""
-    hidden, layers = shape.hidden_size, len(stage.layers)
-    producers = sum(map.is_producer(layer) for layer in stage.layers)
-    count = layers * (2 * hidden * shape.query_width + 3 * hidden * shape.ffn_hidden_size)
-    count += producers * 2 * hidden * shape.kv_width + 2 * layers * hidden
-    own_head = not (shape.tied_embeddings and stage.embeds)
-    tables = stage.embeds + (stage.predicts and own_head)
-    return count + tables * shape.vocab_size * hidden + stage.predicts * hidden
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from megatron_kvshare.sharing.cost import (
     TRAIN_OVER_FORWARD,
-    ModelShape,
     head_flops,
     kv_projection_flops,
     segment_flops,
@@ -14,6 +13,7 @@ from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.order import TaskGraph
 from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.tasks import Kind, Task, tasks_of
 
 

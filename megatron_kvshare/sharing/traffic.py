@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_kvshare.sharing.cost import TRAIN_OVER_FORWARD, ModelShape, step_flops
+from megatron_kvshare.sharing.cost import TRAIN_OVER_FORWARD, step_flops
 from megatron_kvshare.sharing.messages import MessagePlan
 from megatron_kvshare.sharing.placement import PayloadShape, Placement, boundary_widths
 from megatron_kvshare.sharing.plan import ExecutionPlan, subset_length
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.task_cost import task_graph
 from megatron_kvshare.sharing.tasks import Key, Kind, Task
 

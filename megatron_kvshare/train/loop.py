@@ -88,7 +88,7 @@ def advance(run: Run, metrics: Metrics, result: StepResult) -> Sequence[Alarm]:
         samples=run.progress.samples + samples,
         tokens=run.progress.tokens + tokens,
         skipped_steps=run.progress.skipped_steps + bool(result.skipped),
-        health=after_step(before, result, step, clip_grad, run.shape.vocab_size),
+        health=after_step(before, result, step, clip_grad, run.spec.vocab_size),
     )
     metrics.watch.add_step(tokens)
     if result.skipped:

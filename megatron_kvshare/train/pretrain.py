@@ -79,5 +79,5 @@ def _metrics(run: Run) -> Metrics:
         peak = config.log.peak_tflops or measured_peak_tflops(
             state.platform.device, next(run.models[0].parameters()).dtype
         )
-    flops = train_flops_per_token(run.shape, run.plan) / state.world_size
+    flops = train_flops_per_token(run.spec.shape, run.plan) / state.world_size
     return Metrics(sinks, config.train.train_iters, flops, peak)

@@ -12,7 +12,7 @@ from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.describe import describe
 from megatron_kvshare.config.pipeline import pipeline_lines, placement
 from megatron_kvshare.config.pretrain import batch_layout
-from megatron_kvshare.config.shape import execution_plan, model_shape, recipe
+from megatron_kvshare.config.shape import execution_plan, recipe
 from megatron_kvshare.data.data_plan import DataPlan
 from megatron_kvshare.sharing import cost, draw
 from megatron_kvshare.sharing.memory import (
@@ -22,6 +22,8 @@ from megatron_kvshare.sharing.memory import (
     training_memory,
 )
 from megatron_kvshare.sharing.solver import recipe_name
+from megatron_kvshare.sharing.weights import parameters_by_part
+from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.train.learning_rate import commands_to_train_on, without
 from megatron_kvshare.train.metrics import perplexity
 from megatron_kvshare.train.run import Run
@@ -53,9 +55,9 @@ def start(config: PretrainConfig, data: DataPlan, world_size: int, device: str) 
 
 def _model_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
     plan = execution_plan(config.model, config.sharing)
-    shape = model_shape(config.model, vocab_size, config.sharing.window_size)
+    shape = ModelSpec.of(config.model, config.sharing, vocab_size).shape
     costs = cost.costs(shape, plan)
-    parts = cost.parameters_by_part(shape, plan.map)
+    parts = parameters_by_part(shape, plan.map)
     owners = len(plan.map.producers)
     lines = [
         f"map {plan.map.notation}",
@@ -99,7 +101,7 @@ def _layout_lines(
 
 
 def _stage_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
-    shape = model_shape(config.model, vocab_size, config.sharing.window_size)
+    shape = ModelSpec.of(config.model, config.sharing, vocab_size).shape
     micro = config.train.micro_batch_size
     return pipeline_lines(config.model, config.sharing, config.parallel, micro, shape)
 
@@ -116,7 +118,7 @@ def memory_per_process(config: PretrainConfig, vocab_size: int, world_size: int)
         bf16=config.model.bf16,
         recompute_full=config.model.recompute_granularity == "full",
     )
-    shape = model_shape(config.model, vocab_size, config.sharing.window_size)
+    shape = ModelSpec.of(config.model, config.sharing, vocab_size).shape
     whole = training_memory(shape, execution_plan(config.model, config.sharing), layout)
     if parallel.pipeline_model_parallel_size == 1:
         return whole

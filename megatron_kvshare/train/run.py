@@ -21,8 +21,8 @@ from megatron_kvshare.megatron_api.optimizer import (
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.pipeline.chunk import StageChunk
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
-from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.train.owning import Owner
 from megatron_kvshare.train.pulse import Pulse
 
@@ -71,7 +71,7 @@ class Run:
     config: PretrainConfig
     state: ParallelState
     layout: BatchLayout
-    shape: ModelShape
+    spec: ModelSpec
     plan: ExecutionPlan
     evaluation_plan: ExecutionPlan
     data: TrainData

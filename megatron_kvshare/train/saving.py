@@ -16,7 +16,6 @@ from megatron_kvshare.errors import CheckpointError, OwnershipError
 from megatron_kvshare.megatron_api.optimizer import gathered_parameters
 from megatron_kvshare.train.pulse import SAVING
 from megatron_kvshare.train.run import Run
-from megatron_kvshare.train.setup import run_identity
 from megatron_kvshare.train.together import together, warn
 
 _TOLERATED = 1
@@ -84,7 +83,7 @@ def _note(run: Run, written: Written | None) -> None:
 def _manifest(run: Run) -> Manifest:
     config, state = run.config, run.state
     return Manifest(
-        identity=run_identity(config, run.data.plan.request.vocabulary),
+        identity=run.spec.identity,
         progress=run.progress,
         tensor_parallel=state.tp_size,
         pipeline_parallel=state.pp_size,

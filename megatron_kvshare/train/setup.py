@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -15,22 +14,12 @@ from megatron_kvshare.checkpoint.load import (
     load_checkpoint,
     newest_sound,
 )
-from megatron_kvshare.checkpoint.manifest import (
-    Health,
-    Progress,
-    check_data,
-    identity,
-)
+from megatron_kvshare.checkpoint.manifest import Health, Progress, check_data
 from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.config.pipeline import payload_shape, placement
 from megatron_kvshare.config.pretrain import BatchLayout, batch_layout
-from megatron_kvshare.config.shape import (
-    evaluation_plan,
-    execution_plan,
-    model_shape,
-    recipe,
-)
+from megatron_kvshare.config.shape import evaluation_plan, execution_plan, recipe
 from megatron_kvshare.data import train_data
 from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
@@ -42,12 +31,13 @@ from megatron_kvshare.megatron_api.optimizer import (
     wrap_stages,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
+from megatron_kvshare.model.build import build_stages
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.placement import PayloadShape, Placement
-from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.train.learning_rate import schedule_change
 from megatron_kvshare.train.owning import Owner
 from megatron_kvshare.train.pulse import BUILDING, LOADING, Pulse
@@ -89,16 +79,15 @@ def prepare(
     with together(state):
         vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
         data = _open_data(config, layout, vocabulary, state)
-        made_of = run_identity(config, vocabulary)
-        found = find_checkpoint(settings, made_of, state.world_size, iteration)
+        spec = ModelSpec.of(config.model, config.sharing, vocabulary.size, vocabulary.fingerprint)
+        found = find_checkpoint(settings, spec.identity, state.world_size, iteration)
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
     warn(state, *_schedule_changes(config, found))
     pulse.beat(BUILDING)
     plan = execution_plan(config.model, config.sharing)
-    shape = model_shape(config.model, vocabulary.size, config.sharing.window_size)
     cut = placement(config.model, config.sharing, config.parallel)
-    models = _models(config, state, plan, cut, vocabulary.size)
+    models = build_stages(spec, config.parallel, plan, cut.stages_of(state.pp_rank), state)
     if found is None:
         for model in models:
             initialize(model, config.train.seed)
@@ -108,12 +97,13 @@ def prepare(
         pulse.beat(LOADING)
         with together(state):
             load_checkpoint(found, models, optimizer, state)
-    payload = payload_shape(config.model, config.parallel, config.train.micro_batch_size, shape)
+    micro = config.train.micro_batch_size
+    payload = payload_shape(config.model, config.parallel, micro, spec.shape)
     return Run(
         config=config,
         state=state,
         layout=layout,
-        shape=shape,
+        spec=spec,
         plan=plan,
         evaluation_plan=evaluation_plan(config.model, config.sharing),
         data=data,
@@ -172,19 +162,6 @@ def _open_data(
     return train_data.build(config.data, data_request(config, layout, vocabulary), share)
 
 
-def _models(
-    config: PretrainConfig,
-    state: ParallelState,
-    plan: ExecutionPlan,
-    cut: Placement,
-    vocab_size: int,
-) -> list[KVShareGPT]:
-    """The stages of this rank, without weights that mean anything."""
-    window = config.sharing.window_size
-    made_of = (config.model, config.parallel, plan, vocab_size, state, window)
-    return [KVShareGPT(*made_of, stage) for stage in cut.stages_of(state.pp_rank)]
-
-
 def _chunks(
     wrapped: Models, models: Sequence[KVShareGPT], cut: Placement, payload: PayloadShape
 ) -> list[StageChunk]:
@@ -193,11 +170,3 @@ def _chunks(
         StageChunk(each, *stage_formats(cut, model.stage, payload, model.heads))
         for each, model in zip(wrapped, models, strict=True)
     ]
-
-
-def run_identity(config: PretrainConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What a checkpoint of this run says it is, see :func:`identity`."""
-    plan = execution_plan(config.model, config.sharing)
-    window = config.sharing.window_size
-    made_for = (config.model, plan.map, recipe(config.sharing), window)
-    return identity(*made_for, vocabulary.size, vocabulary.fingerprint)

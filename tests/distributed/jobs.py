@@ -190,3 +190,13 @@ def payload_bytes(state: ParallelState, layout: Layout, case: Case) -> dict[int,
     finally:
         PayloadFormat.pack, Transport.send = plain_pack, plain_send
     return sent
+
+
+def parameter_sizes(
+    state: ParallelState, layout: Layout, case: Case
+) -> dict[int, dict[str, tuple[int, ...]]]:
+    """By the number of every stage of this rank: the shapes of its parameters."""
+    return {
+        model.stage.number: {name: tuple(x.shape) for name, x in model.named_parameters()}
+        for model in stages(prepare(case.config(layout), state))
+    }

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from megatron_kvshare.config.pipeline import payload_shape, placement
-from megatron_kvshare.config.shape import execution_plan, model_shape
+from megatron_kvshare.config.shape import execution_plan
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.traffic import bytes_sent
+from megatron_kvshare.spec.model_spec import ModelSpec
 from tests.distributed import jobs
 from tests.distributed.jobs import Case, Trained
 from tests.distributed.test_parallel import SHARDED, assert_same_training
@@ -224,9 +225,8 @@ def test_payloads_are_as_large_as_predicted(name: str, layout: Layout, kv_heads:
     for found in world.run(jobs.payload_bytes, layout, run):
         sent |= found
     config = run.config(layout)
-    payload = payload_shape(
-        config.model, config.parallel, config.train.micro_batch_size, model_shape(config.model, 101)
-    )
+    shape = ModelSpec.of(config.model, config.sharing, vocab_size=101).shape
+    payload = payload_shape(config.model, config.parallel, config.train.micro_batch_size, shape)
     placed = placement(config.model, config.sharing, config.parallel)
     plan = execution_plan(config.model, config.sharing)
     predicted = bytes_sent(plan, placed, payload)

@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 
 @torch.no_grad()
 def logits_of(model, tokens: Tensor, **where: Tensor) -> Tensor:
-    return model(tokens, **where).value[..., : model.vocab_size]
+    return model(tokens, **where).value[..., : model.spec.vocab_size]
 
 
 def assert_logits(got: Tensor, exact: Tensor) -> None:

@@ -59,7 +59,7 @@ def model_with(tiny: Tiny, sharing: SharingMap, single):
 
 @torch.no_grad()
 def logits_of(model, tokens, plan, **where):
-    return model(tokens, plan=plan, **where).value[..., : model.vocab_size]
+    return model(tokens, plan=plan, **where).value[..., : model.spec.vocab_size]
 
 
 def assert_exact_as_far_as_sweeps_reach(sharing: SharingMap, single) -> None:

@@ -22,6 +22,7 @@ LEVELS = {
     "config": 1,
     "ownership": 1,
     "sharing": 1,
+    "spec": 2,
     "megatron_api": 2,
     "model": 3,
     "pipeline": 4,
@@ -35,7 +36,7 @@ LEVELS = {
 }
 ALLOWED_SIBLINGS = {("config", "sharing")}
 """Configuration is validated with the map it names."""
-TORCH_FREE = ("errors", "output", "config", "ownership", "sharing")
+TORCH_FREE = ("errors", "output", "config", "ownership", "sharing", "spec")
 HEAVY = {"torch", "megatron", "transformers", "deepspeed", "numpy"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -16,7 +16,7 @@ from megatron_kvshare.checkpoint.save import save_checkpoint
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.sharing.patterns import build_map
-from tests.huggingface import TINY, description
+from tests.huggingface import TINY, model_spec
 
 TOP = build_map(4, "sandwich-top", 2)
 PAGE = 4096
@@ -35,7 +35,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_at_any_point_of_a_save(disk, single):
     """Filled up but for one page more each time, until the save fits."""
     model = TINY.model(TOP, single)
-    about = description(TOP).identity
+    about = model_spec(TOP).identity
     root = disk / "save"
     save_checkpoint(root, Manifest(about, Progress(1), 1, 1, False), [model], None, single)
     pages = sum(-(-path.stat().st_size // PAGE) for path in root.glob("iter_0000001/*"))
@@ -59,7 +59,7 @@ def test_at_any_point_of_a_save(disk, single):
 def test_one_that_cannot_be_written(disk, single):
     model = TINY.model(TOP, single)
     root = disk / "save"
-    manifest = Manifest(description(TOP).identity, Progress(1), 1, 1, False)
+    manifest = Manifest(model_spec(TOP).identity, Progress(1), 1, 1, False)
     save_checkpoint(root, manifest, [model], None, single)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(CheckpointError, match="Read-only file system"):

@@ -16,7 +16,7 @@ from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.sharing.patterns import build_map
-from tests.huggingface import TINY, description
+from tests.huggingface import TINY, model_spec
 
 TOP = build_map(4, "sandwich-top", 2)
 TIMES = 200
@@ -30,7 +30,7 @@ def two(tmp_path_factory, single) -> Path:
     model = TINY.model(TOP, single)
     for step in (3, 5):
         initialize(model, step)
-        about = description(TOP).identity
+        about = model_spec(TOP).identity
         manifest = Manifest(about, Progress(step), 1, 1, False)
         save_checkpoint(root, manifest, [model], None, single)
     return root

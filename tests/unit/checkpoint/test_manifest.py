@@ -16,13 +16,13 @@ from megatron_kvshare.checkpoint.manifest import (
     NewerFormat,
     Progress,
     check_data,
-    identity,
     read_manifest,
 )
 from megatron_kvshare.config import CheckpointConfig, ModelConfig
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 
 def identity_of(**changes: Any) -> dict[str, Any]:
@@ -31,7 +31,14 @@ def identity_of(**changes: Any) -> dict[str, Any]:
     vocab_size = changes.pop("vocab_size", 100)
     recipe = changes.pop("recipe", RECIPES["paper"])
     model = ModelConfig(num_layers=3, **changes)
-    return identity(model, build_map(3, kv_map=kv_map), recipe, None, vocab_size, tokenizer)
+    spec = ModelSpec(
+        model=model,
+        map=build_map(3, kv_map=kv_map),
+        recipe=recipe,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+    )
+    return spec.identity
 
 
 @pytest.fixture

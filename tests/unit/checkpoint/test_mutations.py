@@ -15,13 +15,13 @@ from megatron_kvshare.checkpoint.manifest import (
     Manifest,
     NewerFormat,
     Progress,
-    identity,
     read_manifest,
 )
 from megatron_kvshare.config import CheckpointConfig, ModelConfig
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
+from megatron_kvshare.spec.model_spec import ModelSpec
 from tests.mutations import mutations, text_mutations
 
 COUNTS = [100, pytest.param(2000, marks=pytest.mark.nightly)]
@@ -31,9 +31,15 @@ HEALTH = Health(2, (3.5, 3.25), (0.5, 1.5), (9.0,), True, (Alarm("rising loss", 
 def manifest(step: int) -> Manifest:
     """One with all that a manifest can hold, with characters that are not ASCII."""
     shared = build_map(3, kv_map="0_2_2")
-    about = identity(ModelConfig(num_layers=3), shared, RECIPES["two-sweep"], None, 100, "abc")
+    spec = ModelSpec(
+        model=ModelConfig(num_layers=3),
+        map=shared,
+        recipe=RECIPES["two-sweep"],
+        vocab_size=100,
+        tokenizer="abc",
+    )
     return Manifest(
-        about,
+        spec.identity,
         Progress(step, 8 * step, 80 * step, 1, HEALTH),
         1,
         2,

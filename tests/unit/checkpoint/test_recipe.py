@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kvshare.checkpoint import folder
-from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, Progress, identity
+from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, Progress
 from megatron_kvshare.checkpoint.recipe import with_recipe_of_checkpoint
 from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.config.pretrain import parse_pretrain
@@ -15,6 +15,7 @@ from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
+from megatron_kvshare.spec.model_spec import ModelSpec
 from tests.recipes import jacobi, strided
 
 BASE = "--mock-data --vocab-size 100 --num-layers 3 --kv-map 0_2_2"
@@ -23,8 +24,9 @@ BASE = "--mock-data --vocab-size 100 --num-layers 3 --kv-map 0_2_2"
 def save(root: Path, step: int, recipe: Recipe, kv_map: str = "0_2_2") -> Path:
     target = folder.iteration_folder(root, step)
     aside = folder.begin(target)
-    made_for = (ModelConfig(num_layers=3), build_map(3, kv_map=kv_map), recipe, None, 100, None)
-    Manifest(identity(*made_for), Progress(step), 1, 1, True).write(aside)
+    model, sharing = ModelConfig(num_layers=3), build_map(3, kv_map=kv_map)
+    spec = ModelSpec(model=model, map=sharing, recipe=recipe, vocab_size=100)
+    Manifest(spec.identity, Progress(step), 1, 1, True).write(aside)
     folder.publish(aside, target, step)
     return target
 

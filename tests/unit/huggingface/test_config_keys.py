@@ -23,10 +23,10 @@ from megatron_kvshare.huggingface.verify import LOGIT_LIMIT, logit_difference
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
-from tests.huggingface import description, write_folder
+from tests.huggingface import model_spec, write_folder
 
 STANDARD = build_map(4, "standard")
-LLAMA: dict[str, Any] = json.loads(json.dumps(to_config(description(STANDARD), torch.float32, {})))
+LLAMA: dict[str, Any] = json.loads(json.dumps(to_config(model_spec(STANDARD), torch.float32, {})))
 LCKV_OWN = {
     "layer_types": "0_2_2_3",
     "forward_passes": 7,
@@ -40,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": None},
     "lckv-llama": {**LLAMA, "model_type": "lckv-llama", **LCKV_OWN},
-    "kvshare": to_config(description(CYCLIC, RECIPES["two-sweep"]), torch.float32, {}),
+    "kvshare": to_config(model_spec(CYCLIC, RECIPES["two-sweep"]), torch.float32, {}),
 }
 
 

@@ -15,7 +15,7 @@ from megatron_kvshare.huggingface.settings import from_config, to_config
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
-from tests.huggingface import TINY, code_copied_to, description, write_folder
+from tests.huggingface import TINY, code_copied_to, model_spec, write_folder
 from tests.maps import named_maps, random_maps
 from tests.recipes import strided
 
@@ -36,7 +36,7 @@ def convert(direction: str, *arguments: object) -> int:
 def test_config_json_says_everything(sharing):
     for recipe in (*RECIPES.values(), strided(3, 1, 2, "self", p=True)):
         for tiny in (TINY, SCALED):
-            about = description(sharing, recipe, tiny)
+            about = model_spec(sharing, recipe, tiny)
             content = json.loads(json.dumps(to_config(about, torch.float32, {})))
             assert from_config(content).identity == about.identity
 

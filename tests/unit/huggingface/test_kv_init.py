@@ -10,7 +10,7 @@ import torch
 from megatron_kvshare.huggingface.kv_init import KVInit, SharedKVWeights, best_order
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
-from tests.huggingface import TINY, InMemory, description, exported
+from tests.huggingface import TINY, InMemory, exported, model_spec
 from tests.product import random_tokens
 
 STANDARD = build_map(4, "standard")
@@ -25,7 +25,7 @@ def attention(layer: int, part: str) -> str:
 
 def shared(weights, init: str, map: SharingMap = SHARED) -> SharedKVWeights:
     return SharedKVWeights(
-        InMemory(weights), description(STANDARD, tiny=WIDE), map, KVInit(init), seed=1
+        InMemory(weights), model_spec(STANDARD, tiny=WIDE), map, KVInit(init), seed=1
     )
 
 

@@ -69,8 +69,8 @@ def test_config(tmp_path: Path, single, name: str, count: int) -> None:
         except KVShareError:
             continue
         accepted += 1
-        model = whole_model(found.description, found.weights, single)
-        mine = LoadedModel(model, found.description).logits(TOKENS)
+        model = whole_model(found.spec, found.weights, single)
+        mine = LoadedModel(model, found.spec).logits(TOKENS)
         try:
             wanted = theirs(hf, name)
         except Exception:

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_kvshare.sharing import cost
-from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.memory import TrainingLayout, training_memory
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import LayerStep, StepMode
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, jacobi_plan, solver_plan
+from megatron_kvshare.sharing.weights import parameters
 from tests.unit.sharing.strategies import NINE, sharing_maps
 
 TINY_LLAMA = ModelShape(
@@ -78,11 +79,11 @@ def test_factors_follow_the_formulas(
 
 def test_parameters_of_a_known_model() -> None:
     """TinyLlama 1.1B, as published: 1,100,048,384 weights."""
-    assert cost.parameters(TINY_LLAMA, build_map(22)) == 1_100_048_384
-    halved = cost.parameters(TINY_LLAMA, build_map(22, "cla:2"))
+    assert parameters(TINY_LLAMA, build_map(22)) == 1_100_048_384
+    halved = parameters(TINY_LLAMA, build_map(22, "cla:2"))
     assert 1_100_048_384 - halved == 11 * 2 * 2048 * 256
     tied = dataclasses.replace(TINY_LLAMA, tied_embeddings=True)
-    assert cost.parameters(tied, build_map(22)) == 1_100_048_384 - 32000 * 2048
+    assert parameters(tied, build_map(22)) == 1_100_048_384 - 32000 * 2048
 
 
 def test_kv_bytes() -> None:
@@ -187,7 +188,7 @@ def test_a_whole_step_counts_the_optimizer_once() -> None:
     plan = jacobi_plan(build_map(2))
     one, two = (cost.train_step_flops(SMALL, plan, tokens) for tokens in (1, 2))
     assert two - one == pytest.approx(cost.train_flops_per_token(SMALL, plan))
-    assert 2 * one - two == pytest.approx(18 * cost.parameters(SMALL, plan.map))
+    assert 2 * one - two == pytest.approx(18 * parameters(SMALL, plan.map))
 
 
 # ---- memory of training ----

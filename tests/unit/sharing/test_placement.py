@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_kvshare.sharing.cost import ModelShape, parameters
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.memory import TrainingMemory, on_fullest_rank
 from megatron_kvshare.sharing.messages import MessagePlan
@@ -18,11 +17,12 @@ from megatron_kvshare.sharing.placement import (
     PayloadShape,
     Placement,
     boundary_widths,
-    stage_parameters,
 )
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, Recipe, Start, solver_plan
 from megatron_kvshare.sharing.task_cost import task_graph
 from megatron_kvshare.sharing.tasks import tasks_of
+from megatron_kvshare.sharing.weights import parameters, stage_parameters
 from tests.unit.sharing.strategies import recipes, sharing_maps
 
 SHAPE = ModelShape(

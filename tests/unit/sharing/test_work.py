@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_kvshare.sharing import cost
-from megatron_kvshare.sharing.cost import ModelShape
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import Carry, LayerStep, StepMode, Sweep, Visit
+from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, Recipe, Solver, Start, solver_plan
 from tests.unit.sharing.strategies import recipes, sharing_maps
 

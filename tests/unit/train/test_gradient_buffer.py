@@ -24,12 +24,12 @@ def test_equal_autograd(
     pattern: str, granularity: str | None, untied: bool, single: ParallelState
 ) -> None:
     """Weights used several times per step, by rows, by two passes, and by embedding and head."""
-    config = Tiny(untied=untied, extra={"recompute_granularity": granularity}).config(num_layers=8)
+    tiny = Tiny(untied=untied, extra={"recompute_granularity": granularity})
     plan = jacobi_plan(build_map(8, pattern, 3), forward_sweeps=1, backward_sweeps=2)
     tokens, labels = (random_tokens(40, 2, 12, seed) for seed in (0, 1))
 
     def gradients(wrapped: bool) -> dict:
-        net = KVShareGPT(config, ParallelConfig(), plan, 40, single)
+        net = KVShareGPT(tiny.spec(plan.map), ParallelConfig(), plan, single)
         initialize(net, seed=1)
         model = wrap_data_parallel(net, ParallelConfig()) if wrapped else net
         assert all(getattr(p, "adds_in_place", False) == wrapped for p in net.parameters())

@@ -25,9 +25,11 @@ from tests.product import Tiny
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "distributed-optimizer"])
 @pytest.mark.parametrize("share", [0.5, 2.0], ids=["clipped", "below-the-limit"])
 def test_clip(single: ParallelState, bf16: bool, sharded: bool, share: float) -> None:
-    config = Tiny(extra={"bf16": bf16}).config(num_layers=4)
+    sharing = build_map(4, "lasagna-top", 2)
     parallel = ParallelConfig(use_distributed_optimizer=sharded)
-    net = KVShareGPT(config, parallel, jacobi_plan(build_map(4, "lasagna-top", 2)), 40, single)
+    net = KVShareGPT(
+        Tiny(extra={"bf16": bf16}).spec(sharing), parallel, jacobi_plan(sharing), single
+    )
     initialize(net, seed=3)
     model = wrap_data_parallel(net, parallel)
     optimizer = build_optimizer([model], TrainConfig(lr=1e-3), parallel, bf16)

@@ -1,0 +1,1 @@
+"""What a model is, and what a configuration comes to: derived once, passed along (no torch)."""
