@@ -38,6 +38,7 @@ from megatron_kvshare.config import (
     TrainConfig,
 )
 from megatron_kvshare.megatron_api import parallel
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.saving import save, settle
 from megatron_kvshare.train.setup import prepare
@@ -126,7 +127,7 @@ def summary(rounds: list[Round], num_bytes: int, bound: float) -> dict[str, Any]
 
 def measure(folder: Path, rounds: int) -> tuple[dict[str, Any], list[Round]]:
     state = parallel.initialize(backend="gloo")
-    run = prepare(config_of(folder), state)
+    run = prepare(RunPlan.of(config_of(folder), state.world_size), state)
     settings = replace(run.config.checkpoint, keep_last=1)
     savers = (Saver(settings, state), Saver(replace(settings, async_save=True), state))
     batches = run.data.train_batches(0)

@@ -73,6 +73,7 @@ def measure_all(microbatches: int, into: Path) -> None:
     import torch.distributed as dist
 
     from megatron_kvshare.megatron_api import parallel
+    from megatron_kvshare.spec.run_plan import RunPlan
     from megatron_kvshare.train.setup import prepare
     from megatron_kvshare.train.step import train_step
 
@@ -82,7 +83,7 @@ def measure_all(microbatches: int, into: Path) -> None:
     recorder.install()
     events: dict[str, list[Any]] = {}
     for name, case in CASES.items():
-        run = prepare(config_of(case, microbatches), state)
+        run = prepare(RunPlan.of(config_of(case, microbatches), RANKS), state)
         batches = run.data.train_batches(0)
         steps = []
         for number in range(WARMUP + STEPS):

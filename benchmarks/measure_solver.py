@@ -23,6 +23,7 @@ from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.sharing.cost import prefill_work, standard_plan, train_flops_per_token
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import Recipe, Solver, exact_plan, solver_plan
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.step import validate
@@ -39,7 +40,7 @@ def main() -> None:
     config = parse_pretrain(sys.argv[1:])
     torch.set_num_threads(1)
     state = parallel.initialize(backend="gloo")
-    run = prepare(config, state)
+    run = prepare(RunPlan.of(config, state.world_size), state)
     assert run.progress.step == config.train.train_iters, "the run is not finished"
     (model,) = run.models
     model.eval()

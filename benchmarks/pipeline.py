@@ -90,17 +90,15 @@ def report(name: str, events: list[Event], microbatches: int) -> dict[str, Any]:
 
 def graph_of(name: str, events: list[Event], microbatches: int) -> tuple[Any, Any]:
     """The tasks with their median measured costs, and the order in which the ranks ran them."""
-    from megatron_kvshare.config.pipeline import placement
-    from megatron_kvshare.config.shape import execution_plan
     from megatron_kvshare.sharing.order import Action, TaskGraph
     from megatron_kvshare.sharing.tasks import tasks_of
+    from megatron_kvshare.spec.run_plan import RunPlan
 
-    config = config_of(CASES[name], microbatches)
-    placed = placement(config.model, config.sharing, config.parallel)
-    if placed.spanning_groups:
-        tasks = tasks_of(execution_plan(config.model, config.sharing), placed)
+    planned = RunPlan.of(config_of(CASES[name], microbatches), RANKS)
+    if planned.placement.spanning_groups:
+        tasks = tasks_of(planned.plan, planned.placement)
     else:
-        tasks = stage_tasks(placed)
+        tasks = stage_tasks(planned.placement)
     seconds: dict[tuple[bool, int], list[float]] = defaultdict(list)
     for event in events:
         seconds[event.forward, event.task].append(event.end - event.start)

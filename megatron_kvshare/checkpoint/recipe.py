@@ -9,8 +9,12 @@ from pathlib import Path
 from megatron_kvshare.checkpoint.folder import candidates, iteration_folder
 from megatron_kvshare.checkpoint.manifest import read_manifest
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
-from megatron_kvshare.config.rules_model import sharing_map
-from megatron_kvshare.config.shape import recipe, takes_usual_recipe, with_recipe
+from megatron_kvshare.config.derive import (
+    recipe,
+    sharing_map,
+    takes_usual_recipe,
+    with_recipe,
+)
 from megatron_kvshare.errors import CheckpointError, MapError
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
 

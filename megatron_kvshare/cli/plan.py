@@ -12,23 +12,22 @@ from rich.console import Console
 
 from megatron_kvshare.config import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.cli import Command, parse
+from megatron_kvshare.config.derive import payload_shape, placement, sharing_map, training_plan
 from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
-from megatron_kvshare.config.pipeline import layers_divide, pipeline_lines
 from megatron_kvshare.config.rule import rule
 from megatron_kvshare.config.rules_model import (
     groups_fit,
     heads_fit,
-    sharing_map,
     tensor_parallel_fits,
 )
+from megatron_kvshare.config.rules_pipeline import layers_divide
 from megatron_kvshare.config.rules_solver import SOLVER_RULES
-from megatron_kvshare.config.shape import execution_plan, recipe
 from megatron_kvshare.config.sources import read_arguments
 from megatron_kvshare.config.types import SCHEMA, Count, dataclass
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing import cost, draw, patterns
+from megatron_kvshare.sharing.draw_stages import stage_lines
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import recipe_name
 from megatron_kvshare.sharing.weights import parameters_by_part
 from megatron_kvshare.spec.model_spec import ModelSpec
@@ -83,24 +82,24 @@ def run(argv: Sequence[str]) -> int:
     )
     config = parse(PlanConfig, _with_layers_of_map(argv), command)
     vocabulary = config.model.vocab_size or _ASSUMED_VOCABULARY
-    shape = ModelSpec.of(config.model, config.sharing, vocabulary).shape
-    plan = execution_plan(config.model, config.sharing)
-    for warning in _warnings(plan, shape):
+    spec = ModelSpec.of(config.model, config.sharing, vocabulary)
+    plan = training_plan(spec.map, spec.recipe, config.sharing)
+    for warning in _warnings(spec):
         print(f"warning: {warning}", file=sys.stderr)
     if config.json:
-        print(json.dumps(as_data(shape, plan, config.sharing)))
+        print(json.dumps(as_data(spec, plan)))
         return 0
-    _draw(shape, plan, config.sharing)
-    stages = pipeline_lines(
-        config.model, config.sharing, config.parallel, config.micro_batch_size, shape
-    )
+    _draw(spec, plan, config.sharing)
+    payload = payload_shape(config.model, config.parallel, config.micro_batch_size, spec.shape)
+    stages = stage_lines(plan, placement(spec.map, config.parallel), payload)
     if stages:
         print("\nPipeline", *stages, sep="\n")
     return 0
 
 
-def as_data(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> dict[str, Any]:
+def as_data(spec: ModelSpec, plan: ExecutionPlan) -> dict[str, Any]:
     """The plan and its costs as JSON values."""
+    shape = spec.shape
     windowed = [layer for layer, marked in enumerate(plan.map.windowed) if marked]
     return {
         "num_layers": shape.num_layers,
@@ -109,10 +108,10 @@ def as_data(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> d
         "kv_layers": len(plan.map.producers),
         "producers": list(plan.map.producers),
         "windowed_layers": windowed,
-        "window_size": shape.window_size,
+        "window_size": spec.window_size,
         "cyclic_groups": [list(group) for group in plan.map.cyclic_groups],
         "group_targets": [list(segment.targets) for segment in plan.groups],
-        "recipe": recipe(sharing).as_dict(),
+        "recipe": spec.recipe.as_dict(),
         "vocab_size": shape.vocab_size,
         "kv_bytes_per_element": cost.KV_BYTES_PER_ELEMENT,
         **asdict(cost.costs(shape, plan)),
@@ -120,16 +119,17 @@ def as_data(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> d
     }
 
 
-def _draw(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> None:
+def _draw(spec: ModelSpec, plan: ExecutionPlan, sharing: SharingConfig) -> None:
+    shape = spec.shape
     console = Console(highlight=False)
     ascii_only = console.options.ascii_only
     name = sharing.kv_pattern if sharing.kv_map is None else "explicit map"
     producers, layers = len(plan.map.producers), shape.num_layers
     title = f"{name}: {producers} of {layers} layers own keys and values"
     console.print(f"[bold]{title}[/bold] (KV cache / {layers / producers:.2f})")
-    console.print(draw.map_table(plan, shape.window_size, ascii_only))
+    console.print(draw.map_table(plan, spec.window_size, ascii_only))
     if plan.map.is_cyclic:
-        console.print(f"Recipe {recipe_name(recipe(sharing))}.")
+        console.print(f"Recipe {recipe_name(spec.recipe)}.")
     console.print(draw.sweeps_text(plan))
     console.print(draw.cost_table(shape, plan))
     if plan.map.is_cyclic:
@@ -144,9 +144,9 @@ def _draw(shape: ModelShape, plan: ExecutionPlan, sharing: SharingConfig) -> Non
     )
 
 
-def _warnings(plan: ExecutionPlan, shape: ModelShape) -> list[str]:
-    found = patterns.warnings(plan.map, shape.window_size)
-    if patterns.window_faults(plan.map, shape.window_size):
+def _warnings(spec: ModelSpec) -> list[str]:
+    found = patterns.warnings(spec.map, spec.window_size)
+    if patterns.window_faults(spec.map, spec.window_size):
         found.append("without --window-size, costs count windowed layers as full attention")
     return found
 

@@ -13,17 +13,15 @@ from pathlib import Path
 
 from megatron_kvshare.checkpoint.recipe import with_recipe_of_checkpoint
 from megatron_kvshare.cli.job import told_once
-from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.launch import launched, speaks
-from megatron_kvshare.config.pipeline import placement
 from megatron_kvshare.config.pretrain import (
-    batch_layout,
     parse_pretrain,
     pretrain_warnings,
     world_size,
 )
 from megatron_kvshare.errors import EXIT_STOPPED
 from megatron_kvshare.output import complain
+from megatron_kvshare.spec.run_plan import RunPlan
 
 
 def run(argv: Sequence[str]) -> int:
@@ -35,14 +33,15 @@ def run(argv: Sequence[str]) -> int:
     completed = partial(with_recipe_of_checkpoint, say=_note)
     with told_once():
         config = parse_pretrain(argv, completed=completed, starts=True)
+    planned = RunPlan.of(config, world_size(config))
     if speaks():
-        for warning in pretrain_warnings(config):
+        for warning in pretrain_warnings(config, planned.plan.map):
             complain(f"warning: {warning}")
     # torch and megatron-core take seconds to import: not before the configuration is right.
     if config.dry_run:
-        _plan(config)
+        _plan(planned)
         return 0
-    return EXIT_STOPPED if _train(config, argv) and not _would_start_again() else 0
+    return EXIT_STOPPED if _train(planned, argv) and not _would_start_again() else 0
 
 
 def _note(text: str) -> None:
@@ -55,22 +54,23 @@ def _would_start_again() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
-def _plan(config: PretrainConfig) -> None:
+def _plan(planned: RunPlan) -> None:
     """Print what would run; without a process group, so one process is enough for any layout."""
     from megatron_kvshare.data.data_plan import plan_data
     from megatron_kvshare.data.vocabulary import resolve_vocabulary
     from megatron_kvshare.train import report
     from megatron_kvshare.train.setup import data_request
 
-    size = world_size(config)
+    config = planned.config
     vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
-    data = plan_data(config.data, data_request(config, batch_layout(config, size), vocabulary))
+    data = plan_data(config.data, data_request(planned, vocabulary))
+    spec = planned.spec(vocabulary.size, vocabulary.fingerprint)
     if speaks():
-        print(report.start(config, data, size, device="planned"))
+        print(report.start(planned, spec, data, device="planned"))
         print("Dry run: nothing was trained.")
 
 
-def _train(config: PretrainConfig, argv: Sequence[str]) -> bool:
+def _train(planned: RunPlan, argv: Sequence[str]) -> bool:
     """Whether training was stopped early."""
     # megatron-core's notes on packages that are not installed: `kvshare doctor` says it better.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
@@ -79,17 +79,18 @@ def _train(config: PretrainConfig, argv: Sequence[str]) -> bool:
     from megatron_kvshare.train.pretrain import pretrain
     from megatron_kvshare.train.report import Typed
 
+    config = planned.config
     try:
         state = parallel.initialize(
             config.parallel.tensor_model_parallel_size,
             config.parallel.pipeline_model_parallel_size,
-            placement(config.model, config.sharing, config.parallel).chunks,
+            planned.placement.chunks,
             config.parallel.distributed_backend,
             config.parallel.distributed_timeout_minutes,
             launched(),
         )
         typed = Typed(_command(argv), _program("kvshare", "megatron_kvshare"))
-        return bool(pretrain(config, state, typed).stopped_by)
+        return bool(pretrain(planned, state, typed).stopped_by)
     finally:
         parallel.destroy()
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_kvshare.config.cli import Command, parse
+from megatron_kvshare.config.derive import batch_layout
 from megatron_kvshare.config.launch import launch_faults, number_faults
 from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
-from megatron_kvshare.config.pipeline import PIPELINE_RULES, microbatch_faults
 from megatron_kvshare.config.rule import Rule, broken
 from megatron_kvshare.config.rules_model import (
     MODEL_RULES,
     PARALLEL_RULES,
     SHARING_RULES,
-    sharing_map,
 )
+from megatron_kvshare.config.rules_pipeline import PIPELINE_RULES, microbatch_faults
 from megatron_kvshare.config.rules_run import RUN_RULES, batch_fits, world_size_faults
 from megatron_kvshare.config.rules_solver import (
     SOLVER_RULES,
@@ -27,6 +26,7 @@ from megatron_kvshare.config.rules_solver import (
 from megatron_kvshare.config.schema import PretrainConfig
 from megatron_kvshare.errors import Fault
 from megatron_kvshare.sharing import patterns
+from megatron_kvshare.sharing.map import SharingMap
 
 _DESCRIPTION = """
 Pretrain a Llama-shaped decoder whose layers share keys and values. Flags keep Megatron's names;
@@ -58,15 +58,6 @@ _LAYOUT_RULES: tuple[Rule[Any], ...] = (
     *PIPELINE_RULES,
     subsets_fit_sequence_parallel,
 )
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """How a global batch is spread: its size = micro batch x microbatches x replicas."""
-
-    data_parallel_size: int
-    global_batch_size: int
-    num_microbatches: int
 
 
 def parse_pretrain(
@@ -138,21 +129,11 @@ def world_size(config: PretrainConfig, environ: Mapping[str, str] = os.environ) 
     return config.parallel.model_parallel_size if config.dry_run else 1
 
 
-def batch_layout(config: PretrainConfig, world_size: int) -> BatchLayout:
-    """How the global batch is spread over ``world_size`` processes (which passed the rules)."""
-    micro = config.train.micro_batch_size
-    replicas = world_size // config.parallel.model_parallel_size
-    batch = config.train.global_batch_size or micro * replicas
-    return BatchLayout(replicas, batch, batch // (micro * replicas))
-
-
-def pretrain_warnings(config: PretrainConfig) -> list[str]:
+def pretrain_warnings(config: PretrainConfig, map: SharingMap) -> list[str]:
     """What is allowed and probably not meant, one sentence each."""
     train, checkpoint, parallel = config.train, config.checkpoint, config.parallel
-    found = list(
-        patterns.warnings(sharing_map(config.model, config.sharing), config.sharing.window_size)
-    )
-    found += recipe_warnings(config)
+    found = list(patterns.warnings(map, config.sharing.window_size))
+    found += recipe_warnings(config.sharing, map)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         found.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")
     if train.lr_wsd_decay_iters is not None and train.lr_decay_style != "WSD":

@@ -33,3 +33,14 @@ def broken(rules: Sequence[Rule[Any]], config: object, faulty: frozenset[str]) -
     for each in rules:
         if not each.reads & faulty:
             yield from each.check(config)
+
+
+def multiples(value: int, step: int) -> str:
+    """The multiples of ``step`` next to ``value``, for a fix: ``"96 or 128"``."""
+    below, above = value // step * step, -(-value // step) * step
+    return f"{below} or {above}" if 0 < below < above else str(above)
+
+
+def divisor(value: int, limit: int) -> int:
+    """The largest divisor of ``value`` that is at most ``limit``."""
+    return max(each for each in range(1, min(value, limit) + 1) if value % each == 0)

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol
 
+from megatron_kvshare.config.derive import sharing_map
 from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingConfig
-from megatron_kvshare.config.rule import rule
+from megatron_kvshare.config.rule import divisor, multiples, rule
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing import patterns
-from megatron_kvshare.sharing.map import SharingMap
 
 
 class HasModel(Protocol):
@@ -37,24 +37,6 @@ class HasParallel(HasModel, Protocol):
 
     @property
     def parallel(self) -> ParallelConfig: ...
-
-
-def multiples(value: int, step: int) -> str:
-    """The multiples of ``step`` next to ``value``, for a fix: ``"96 or 128"``."""
-    below, above = value // step * step, -(-value // step) * step
-    return f"{below} or {above}" if 0 < below < above else str(above)
-
-
-def divisor(value: int, limit: int) -> int:
-    """The largest divisor of ``value`` that is at most ``limit``."""
-    return max(each for each in range(1, min(value, limit) + 1) if value % each == 0)
-
-
-def sharing_map(model: ModelConfig, sharing: SharingConfig) -> SharingMap:
-    """The map that the settings ask for. Raises :class:`MapError`."""
-    return patterns.build_map(
-        model.num_layers, sharing.kv_pattern, sharing.kv_layers, sharing.kv_map
-    )
 
 
 @rule("hidden_size num_attention_heads kv_channels")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_kvshare.config.blend import parse_blend, parse_split
 from megatron_kvshare.config.data import DataConfig
-from megatron_kvshare.config.rule import rule
-from megatron_kvshare.config.rules_model import multiples, sharing_map
+from megatron_kvshare.config.derive import sharing_map
+from megatron_kvshare.config.rule import multiples, rule
 from megatron_kvshare.config.schema import PretrainConfig
 from megatron_kvshare.errors import ConfigError, Fault, MapError
 

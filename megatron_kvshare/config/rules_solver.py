@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from megatron_kvshare.config.model import ParallelConfig
-from megatron_kvshare.config.rule import rule
-from megatron_kvshare.config.rules_model import HasSharing, multiples, sharing_map
-from megatron_kvshare.config.shape import recipe
+from megatron_kvshare.config.derive import recipe, sharing_map
+from megatron_kvshare.config.model import ParallelConfig, SharingConfig
+from megatron_kvshare.config.rule import multiples, rule
+from megatron_kvshare.config.rules_model import HasSharing
 from megatron_kvshare.errors import Fault, MapError
+from megatron_kvshare.sharing.map import SharingMap
 
 _RECIPE = (
     "kv_recipe kv_solver kv_stride kv_forward_sweeps kv_backward_sweeps kv_start kv_project_at_use"
@@ -71,10 +72,9 @@ def subsets_fit_sequence_parallel(config: HasRecipe) -> Iterator[Fault]:
         )
 
 
-def recipe_warnings(config: HasSharing) -> list[str]:
+def recipe_warnings(sharing: SharingConfig, map: SharingMap) -> list[str]:
     """Recipe flags that do nothing."""
-    sharing = config.sharing
-    if sharing_map(config.model, sharing).is_cyclic:
+    if map.is_cyclic:
         return []
     names = [*_RECIPE.split(), "kv_tolerance"]
     given = [

@@ -26,8 +26,6 @@ from megatron_kvshare.config import (
     SharingConfig,
 )
 from megatron_kvshare.config.describe import as_dict
-from megatron_kvshare.config.rules_model import sharing_map
-from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.data.tokenizers import HuggingFaceTokenizer
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.huggingface import config_keys
@@ -111,14 +109,11 @@ def shared(found: HuggingFaceModel, job: ImportJob) -> tuple[ModelSpec, TensorSo
     """What will be saved: the model as it is, or with the sharing that was asked for."""
     if job.sharing is None:
         return found.spec, found.weights
-    map = sharing_map(found.spec.model, job.sharing)
-    spec = replace(
-        found.spec,
-        map=map,
-        recipe=recipe(job.sharing),
-        window_size=job.sharing.window_size if any(map.windowed) else None,
-    )
-    weights = SharedKVWeights(found.weights, found.spec, map, job.kv_init, job.seed)
+    about = found.spec
+    spec = ModelSpec.of(about.model, job.sharing, about.vocab_size, about.tokenizer)
+    if not any(spec.map.windowed):
+        spec = replace(spec, window_size=None)
+    weights = SharedKVWeights(found.weights, about, spec.map, job.kv_init, job.seed)
     return spec, weights
 
 

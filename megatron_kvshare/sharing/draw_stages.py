@@ -23,11 +23,13 @@ _TITLES = (
 
 
 def stage_lines(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[str]:
-    """One line per stage, and the layout that would be fastest.
+    """One line per stage, and the layout that would be fastest; empty on one pipeline rank.
 
     ``work``: training FLOPs over those of a mean stage; ``sends``: bytes of a microbatch to other
     stages from each tensor-parallel rank, without the gradients that come back.
     """
+    if placement.ranks == 1:
+        return []
     work = stage_work(plan, placement, payload)
     mean = sum(work) / len(work)
     sent = bytes_sent(plan, placement, payload)

@@ -9,8 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_kvshare.config import ModelConfig, SharingConfig
-from megatron_kvshare.config.rules_model import sharing_map
-from megatron_kvshare.config.shape import recipe
+from megatron_kvshare.config.derive import recipe, sharing_map
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.placement import Stage
 from megatron_kvshare.sharing.shape import ModelShape

@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_kvshare.checkpoint.manifest import Alarm, Health, Progress
-from megatron_kvshare.config import PretrainConfig, TrainConfig
-from megatron_kvshare.config.shape import recipe
+from megatron_kvshare.config import TrainConfig
 from megatron_kvshare.errors import DivergenceError, Fault, TrainingError
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.solver import with_more_sweeps
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.run import Run, StepResult
 from megatron_kvshare.train.sinks import append_line
 from megatron_kvshare.train.together import warn
@@ -123,23 +123,23 @@ def _signs_of_loss(health: Health, vocab_size: int) -> Iterator[tuple[str, str]]
             yield "worse than guessing", f"{text}, guessing tokens at random gives {guess:.3f}"
 
 
-def divergence_text(alarm: Alarm, config: PretrainConfig, is_cyclic: bool) -> str:
+def divergence_text(alarm: Alarm, planned: RunPlan) -> str:
     """What was seen, what usually causes it, what to try."""
     return (
         f"step {alarm.step}: the run looks as if it diverges: {alarm.seen}. Usual causes: a"
         " learning rate that is too high or reached too soon, broken data, or gradients that are"
-        f" wrong on this device. Try {_remedies(config, is_cyclic)}"
+        f" wrong on this device. Try {_remedies(planned)}"
     )
 
 
-def _remedies(config: PretrainConfig, is_cyclic: bool) -> str:
-    train = config.train
+def _remedies(planned: RunPlan) -> str:
+    train = planned.config.train
     ways = [f"a lower --lr than {train.lr:g}", f"a warm-up longer than {train.warmup_iters} steps"]
     if train.clip_grad == 0:
         ways.append("--clip-grad 1")
-    if is_cyclic and (more_sweeps := with_more_sweeps(recipe(config.sharing))):
+    if planned.plan.map.is_cyclic and (more_sweeps := with_more_sweeps(planned.recipe)):
         ways.append(more_sweeps)
-    if config.model.bf16:
+    if planned.config.model.bf16:
         ways.append("some steps without --bf16, which must give nearly the same losses")
     return ", ".join(ways)
 
@@ -210,7 +210,7 @@ def write_down(run: Run, result: StepResult) -> None:
     """
     if not run.state.is_first:
         return
-    batch, progress = run.layout.global_batch_size, run.progress
+    batch, progress = run.planned.batch.global_batch_size, run.progress
     first, last = progress.samples - batch, progress.samples - 1
     record = {
         "step": progress.step,

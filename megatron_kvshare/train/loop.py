@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_kvshare.checkpoint.manifest import Alarm
-from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.sharing.solver import with_more_sweeps
 from megatron_kvshare.train.anomaly import (
     after_step,
@@ -79,7 +78,7 @@ def advance(run: Run, metrics: Metrics, result: StepResult) -> Sequence[Alarm]:
 
     Returns the signs of divergence that are new with it; each has been told.
     """
-    samples, before = run.layout.global_batch_size, run.progress.health
+    samples, before = run.planned.batch.global_batch_size, run.progress.health
     tokens = samples * run.config.model.seq_length
     step, clip_grad = run.progress.step + 1, run.config.train.clip_grad
     run.progress = replace(
@@ -95,7 +94,7 @@ def advance(run: Run, metrics: Metrics, result: StepResult) -> Sequence[Alarm]:
         write_down(run, result)
     alarms = run.progress.health.alarms[len(before.alarms) :]
     for alarm in alarms:
-        warn(run.state, divergence_text(alarm, run.config, run.plan.map.is_cyclic))
+        warn(run.state, divergence_text(alarm, run.planned))
     return alarms
 
 
@@ -118,7 +117,7 @@ def warn_of_gap(run: Run, gap: float | None) -> None:
     limit = run.config.sharing.kv_gap_warning
     if gap is None or abs(gap) <= limit:
         return
-    trained = recipe(run.config.sharing)
+    trained = run.planned.recipe
     flags = (with_more_sweeps(trained), f"--kv-forward-sweeps above {trained.forward_sweeps}")
     warn(
         run.state,

@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from megatron_kvshare.config import PretrainConfig
-from megatron_kvshare.config.pretrain import batch_layout, layout_faults
-from megatron_kvshare.config.shape import execution_plan, recipe
+from megatron_kvshare.config.pretrain import layout_faults
 from megatron_kvshare.megatron_api.memory import Shortage
 from megatron_kvshare.sharing.memory import TrainingMemory
 from megatron_kvshare.sharing.solver import DEFAULT_RECIPE
+from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.pulse import BUILDING, LOADING, SAVING, SETTING_UP, VALIDATION
-from megatron_kvshare.train.report import memory_per_process, mib
+from megatron_kvshare.train.report import mib
 
 _EXPANDABLE = "expandable_segments:True"
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -22,11 +23,10 @@ _NOTHING_LEFT = "a smaller model, a shorter --seq-length, or devices with more m
 
 
 class Job(NamedTuple):
-    """What ran out: ``what`` it was doing; ``vocab_size``: without padding."""
+    """What ran out, and ``what`` it was doing."""
 
-    config: PretrainConfig
-    vocab_size: int
-    world_size: int
+    planned: RunPlan
+    spec: ModelSpec
     what: str
 
 
@@ -41,16 +41,17 @@ class _Change(NamedTuple):
 def advice(job: Job, found: Shortage) -> list[str]:
     """What would help, from what costs the training least; only what is not in use yet, passes the
     rules, and lowers the estimate of what was held when memory ran out."""
-    lines = list(_of_host(job.config) if found.on_host else _of_allocator(found))
-    before = _held(memory_per_process(*job[:3]), job.what)
+    now = job.planned
+    lines = list(_of_host(now.config) if found.on_host else _of_allocator(found))
+    before = _held(now.memory(job.spec), job.what)
     for change in _changes(job):
-        size = _processes(change.config, job.world_size)
+        size = _processes(change.config, now.world_size)
         if size is None:
             continue
-        config, flags = _same_batch(job, change, size)
-        memory = memory_per_process(config, job.vocab_size, size)
+        planned, flags = _same_batch(now, change, size)
+        memory = planned.memory(planned.spec(job.spec.vocab_size))
         if _held(memory, job.what) < before:
-            where = "" if size == job.world_size else f" on {size} processes"
+            where = "" if size == now.world_size else f" on {size} processes"
             lines.append(f"{flags}{where}: {mib(memory.total)}{change.remark}")
     return lines or [_NOTHING_LEFT]
 
@@ -77,7 +78,8 @@ def _of_host(config: PretrainConfig) -> Iterator[str]:
 
 def _changes(job: Job) -> Iterator[_Change]:
     """Candidates: first those that change no result, then more processes, then other results."""
-    config, micro = job.config, job.config.train.micro_batch_size
+    config = job.planned.config
+    micro = config.train.micro_batch_size
     smaller = next((size for size in range(micro // 2, 0, -1) if micro % size == 0), None)
     if smaller is not None:
         yield _changed(config, "train", "", micro_batch_size=smaller)
@@ -97,14 +99,13 @@ def _changes(job: Job) -> Iterator[_Change]:
     yield _changed(config, "parallel", "", pipeline_model_parallel_size=2 * stages)
     if not config.model.bf16:
         yield _changed(config, "model", ", with bf16's rounding", bf16=True)
-    yield from _fewer_sweeps(config)
+    yield from _fewer_sweeps(job.planned)
 
 
-def _fewer_sweeps(config: PretrainConfig) -> Iterator[_Change]:
+def _fewer_sweeps(planned: RunPlan) -> Iterator[_Change]:
     """Activations are kept for every sweep with gradient."""
-    sharing = config.sharing
-    is_cyclic = bool(execution_plan(config.model, sharing).groups)
-    if not is_cyclic or recipe(sharing).backward_sweeps == 1:
+    config, sharing = planned.config, planned.config.sharing
+    if not planned.plan.groups or planned.recipe.backward_sweeps == 1:
         return
     remark = ", and another way to train"
     if sharing.kv_recipe is not None and sharing.kv_backward_sweeps is None:
@@ -127,10 +128,11 @@ def _processes(config: PretrainConfig, world_size: int) -> int | None:
     return next((size for size in sizes if not any(layout_faults(config, size))), None)
 
 
-def _same_batch(job: Job, change: _Change, world_size: int) -> tuple[PretrainConfig, str]:
-    """The change with the global batch of the job, which may have followed from the layout."""
-    config, batch = change.config, batch_layout(job.config, job.world_size).global_batch_size
-    if batch_layout(config, world_size).global_batch_size == batch:
-        return config, change.flags
-    train = replace(config.train, global_batch_size=batch)
-    return replace(config, train=train), f"{change.flags} --global-batch-size {batch}"
+def _same_batch(now: RunPlan, change: _Change, world_size: int) -> tuple[RunPlan, str]:
+    """The change with the global batch of now, which may have followed from the layout."""
+    planned, batch = RunPlan.of(change.config, world_size), now.batch.global_batch_size
+    if planned.batch.global_batch_size == batch:
+        return planned, change.flags
+    train = replace(change.config.train, global_batch_size=batch)
+    planned = RunPlan.of(replace(change.config, train=train), world_size)
+    return planned, f"{change.flags} --global-batch-size {batch}"

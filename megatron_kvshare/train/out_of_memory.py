@@ -11,22 +11,22 @@ from typing import TypeVar
 
 import torch
 
-from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.data.vocabulary import resolve_vocabulary
 from megatron_kvshare.errors import Fault, OutOfMemoryError
 from megatron_kvshare.megatron_api.memory import Shortage, shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.memory_advice import Job, advice
 from megatron_kvshare.train.notes import Notes
 from megatron_kvshare.train.pulse import Pulse
-from megatron_kvshare.train.report import by_part, memory_per_process, mib
+from megatron_kvshare.train.report import by_part, mib
 
 T = TypeVar("T")
 
 
 def within_memory(
     work: Callable[[], T],
-    config: PretrainConfig,
+    planned: RunPlan,
     state: ParallelState,
     pulse: Pulse,
     release: Callable[[], None] = lambda: None,
@@ -50,17 +50,18 @@ def within_memory(
     finally:
         notes.stop_listening()
     # After the except block: the error is gone, and with it the tensors that its frames held.
-    notes.end_all(OutOfMemoryError(_fault(found, config, state, pulse)))
+    notes.end_all(OutOfMemoryError(_fault(found, planned, state, pulse)))
 
 
-def _fault(found: Shortage, config: PretrainConfig, state: ParallelState, pulse: Pulse) -> Fault:
+def _fault(found: Shortage, planned: RunPlan, state: ParallelState, pulse: Pulse) -> Fault:
     now, device = pulse.now, state.platform.device
     memory = "host memory" if found.on_host else str(device)
     where = f"step {now.step}, {now.what}, rank {state.rank} on {memory}"
     # Read again: what runs out of memory first is the building of what knows it otherwise.
-    vocab_size = resolve_vocabulary(config.data, config.model.vocab_size).size
-    job = Job(config, vocab_size, state.world_size, now.what)
-    estimate = by_part(memory_per_process(config, vocab_size, state.world_size))
+    config = planned.config
+    vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
+    job = Job(planned, planned.spec(vocabulary.size), now.what)
+    estimate = by_part(planned.memory(job.spec))
     rule = f"memory per process, estimated: {estimate}{_measured(device)}"
     choices = "".join(f"\n  {line}" for line in advice(job, found))
     return Fault(where, found.said, rule, f"one or several of these (estimate with each):{choices}")

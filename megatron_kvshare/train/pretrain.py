@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 
-from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.output import say
 from megatron_kvshare.ownership.owner import HEARTBEAT
 from megatron_kvshare.sharing.cost import train_flops_per_token
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import report
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics, measured_peak_tflops
@@ -26,31 +26,32 @@ from megatron_kvshare.train.watchdog import watched
 
 
 def pretrain(
-    config: PretrainConfig, state: ParallelState, typed: Typed, heartbeat: float = HEARTBEAT
+    planned: RunPlan, state: ParallelState, typed: Typed, heartbeat: float = HEARTBEAT
 ) -> Run:
     """Train and return the run. ``typed`` is the user's command, for the closing words;
     ``heartbeat``: seconds between two signs of life for others that want the same folder."""
+    config = planned.config
     with (
         stop_wish(config.train.exit_duration_in_mins) as wish,
         owning(config, state, wish, heartbeat) as owner,
     ):
         pulse = Pulse()
-        work = partial(_pretrain, config, state, typed, wish, pulse, owner)
-        return within_memory(work, config, state, pulse, owner.release)
+        work = partial(_pretrain, planned, state, typed, wish, pulse, owner)
+        return within_memory(work, planned, state, pulse, owner.release)
 
 
 def _pretrain(
-    config: PretrainConfig,
+    planned: RunPlan,
     state: ParallelState,
     typed: Typed,
     wish: StopWish,
     pulse: Pulse,
     owner: Owner,
 ) -> Run:
-    run = prepare(config, state, pulse, owner)
+    run = prepare(planned, state, pulse, owner)
     if state.is_first:
         device = str(state.platform.device)
-        say(report.start(config, run.data.plan, state.world_size, device))
+        say(report.start(planned, run.spec, run.data.plan, device))
         if run.continued is not None:
             say(f"Continuing from {run.continued} at step {run.progress.step:,}.")
         say("")
@@ -61,7 +62,7 @@ def _pretrain(
         at_the_end.callback(metrics.close)
         if run.saver is not None:  # before the metrics: a tracker may take its time
             at_the_end.callback(run.saver.close)
-        limit = 60 * config.parallel.distributed_timeout_minutes
+        limit = 60 * run.config.parallel.distributed_timeout_minutes
         with watched(pulse, state, limit, owner.release):
             valid_loss = train(run, metrics, wish)
     with together(state), contextlib.suppress(OSError):

@@ -8,22 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_kvshare.checkpoint.manifest import Health
-from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.describe import describe
-from megatron_kvshare.config.pipeline import pipeline_lines, placement
-from megatron_kvshare.config.pretrain import batch_layout
-from megatron_kvshare.config.shape import execution_plan, recipe
 from megatron_kvshare.data.data_plan import DataPlan
 from megatron_kvshare.sharing import cost, draw
-from megatron_kvshare.sharing.memory import (
-    TrainingLayout,
-    TrainingMemory,
-    on_fullest_rank,
-    training_memory,
-)
+from megatron_kvshare.sharing.draw_stages import stage_lines
+from megatron_kvshare.sharing.memory import TrainingMemory
 from megatron_kvshare.sharing.solver import recipe_name
 from megatron_kvshare.sharing.weights import parameters_by_part
 from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.learning_rate import commands_to_train_on, without
 from megatron_kvshare.train.metrics import perplexity
 from megatron_kvshare.train.run import Run
@@ -38,32 +31,31 @@ class Typed(NamedTuple):
     program: Sequence[str]
 
 
-def start(config: PretrainConfig, data: DataPlan, world_size: int, device: str) -> str:
+def start(planned: RunPlan, spec: ModelSpec, data: DataPlan, device: str) -> str:
     """Configuration, map, parameters, layout, memory and data plan; needs no process group."""
     return "\n".join(
         [
             "Configuration",
-            *_indented(describe(config).splitlines()),
+            *_indented(describe(planned.config).splitlines()),
             "",
-            *_model_lines(config, data.request.vocabulary.size),
-            *_layout_lines(config, data.request.vocabulary.size, world_size, device),
+            *_model_lines(planned, spec),
+            *_layout_lines(planned, spec, device),
             "Data",
             *_indented(data.lines()),
         ]
     )
 
 
-def _model_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
-    plan = execution_plan(config.model, config.sharing)
-    shape = ModelSpec.of(config.model, config.sharing, vocab_size).shape
-    costs = cost.costs(shape, plan)
-    parts = parameters_by_part(shape, plan.map)
+def _model_lines(planned: RunPlan, spec: ModelSpec) -> list[str]:
+    plan = planned.plan
+    costs = cost.costs(spec.shape, plan)
+    parts = parameters_by_part(spec.shape, plan.map)
     owners = len(plan.map.producers)
     lines = [
         f"map {plan.map.notation}",
         f"{owners} of {plan.map.num_layers} layers own keys and values: KV cache "
         f"{costs.kv_bytes_per_token:,} bytes per token, 1/{costs.kv_reduction:.2f} of standard",
-        *([f"recipe {recipe_name(recipe(config.sharing))}"] if plan.groups else []),
+        *([f"recipe {recipe_name(planned.recipe)}"] if plan.groups else []),
         draw.sweeps_text(plan),
         f"training FLOPs {costs.train_flops_ratio:.2f} x the standard map's",
         f"parameters {costs.parameters:,}: "
@@ -74,11 +66,10 @@ def _model_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
     return ["Model", *_indented(lines)]
 
 
-def _layout_lines(
-    config: PretrainConfig, vocab_size: int, world_size: int, device: str
-) -> list[str]:
-    layout, parallel, train = batch_layout(config, world_size), config.parallel, config.train
-    memory = memory_per_process(config, vocab_size, world_size)
+def _layout_lines(planned: RunPlan, spec: ModelSpec, device: str) -> list[str]:
+    config, layout, world_size = planned.config, planned.batch, planned.world_size
+    parallel, train = config.parallel, config.train
+    memory = planned.memory(spec)
     tokens = layout.global_batch_size * config.model.seq_length
     tensor = f"tensor parallel {parallel.tensor_model_parallel_size}"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1:
@@ -97,32 +88,8 @@ def _layout_lines(
     if config.checkpoint.async_save:
         copy = mib(memory.weights + memory.optimizer)
         lines.append(f"--async-save: a copy of up to {copy} per process in host memory")
-    return ["Layout", *_indented(lines), *_indented(_stage_lines(config, vocab_size))]
-
-
-def _stage_lines(config: PretrainConfig, vocab_size: int) -> list[str]:
-    shape = ModelSpec.of(config.model, config.sharing, vocab_size).shape
-    micro = config.train.micro_batch_size
-    return pipeline_lines(config.model, config.sharing, config.parallel, micro, shape)
-
-
-def memory_per_process(config: PretrainConfig, vocab_size: int, world_size: int) -> TrainingMemory:
-    """The estimate for the process that needs most."""
-    parallel = config.parallel
-    layout = TrainingLayout(
-        micro_batch_size=config.train.micro_batch_size,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        data_parallel_size=batch_layout(config, world_size).data_parallel_size,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        sequence_parallel=parallel.sequence_parallel,
-        bf16=config.model.bf16,
-        recompute_full=config.model.recompute_granularity == "full",
-    )
-    shape = ModelSpec.of(config.model, config.sharing, vocab_size).shape
-    whole = training_memory(shape, execution_plan(config.model, config.sharing), layout)
-    if parallel.pipeline_model_parallel_size == 1:
-        return whole
-    return on_fullest_rank(whole, shape, placement(config.model, config.sharing, parallel))
+    stages = stage_lines(planned.plan, planned.placement, planned.payload(spec))
+    return ["Layout", *_indented(lines), *_indented(stages)]
 
 
 def by_part(memory: TrainingMemory) -> str:

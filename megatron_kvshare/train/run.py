@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 from megatron_kvshare.checkpoint.manifest import Progress
 from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import PretrainConfig
-from megatron_kvshare.config.pretrain import BatchLayout
 from megatron_kvshare.data.train_data import TrainData
 from megatron_kvshare.megatron_api.optimizer import (
     MegatronOptimizer,
@@ -23,6 +22,7 @@ from megatron_kvshare.pipeline.chunk import StageChunk
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.owning import Owner
 from megatron_kvshare.train.pulse import Pulse
 
@@ -58,8 +58,8 @@ class StepResult(NamedTuple):
 
 @dataclass
 class Run:
-    """Built by :mod:`megatron_kvshare.train.setup`; the loop moves ``progress``, ``saved``
-    (the newest checkpoint) and ``failed_saves`` (in a row).
+    """Built by :mod:`megatron_kvshare.train.setup` from what was ``planned``; the loop moves
+    ``progress``, ``saved`` (the newest checkpoint) and ``failed_saves`` (in a row).
 
     ``models``: the pipeline stages of this rank (one, unless there are virtual stages);
     ``chunks``: the same as the schedules run them; ``spanning`` runs them instead where cyclic
@@ -68,12 +68,9 @@ class Run:
     ``stopped_by``: what ended the loop before ``train_iters``, empty where nothing did.
     """
 
-    config: PretrainConfig
-    state: ParallelState
-    layout: BatchLayout
+    planned: RunPlan
     spec: ModelSpec
-    plan: ExecutionPlan
-    evaluation_plan: ExecutionPlan
+    state: ParallelState
     data: TrainData
     models: Models
     chunks: Sequence[StageChunk]
@@ -89,3 +86,12 @@ class Run:
     pulse: Pulse = field(default_factory=Pulse)
     stopped_by: str = ""
     tracking: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> PretrainConfig:
+        return self.planned.config
+
+    @property
+    def plan(self) -> ExecutionPlan:
+        """The sweeps of training."""
+        return self.planned.plan

@@ -17,9 +17,6 @@ from megatron_kvshare.checkpoint.load import (
 from megatron_kvshare.checkpoint.manifest import Health, Progress, check_data
 from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
-from megatron_kvshare.config.pipeline import payload_shape, placement
-from megatron_kvshare.config.pretrain import BatchLayout, batch_layout
-from megatron_kvshare.config.shape import evaluation_plan, execution_plan, recipe
 from megatron_kvshare.data import train_data
 from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
@@ -37,7 +34,8 @@ from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
 from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.placement import PayloadShape, Placement
-from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.sharing.solver import Recipe
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.learning_rate import schedule_change
 from megatron_kvshare.train.owning import Owner
 from megatron_kvshare.train.pulse import BUILDING, LOADING, Pulse
@@ -46,13 +44,12 @@ from megatron_kvshare.train.sinks import promised_checkpoints
 from megatron_kvshare.train.together import together, warn
 
 
-def data_request(
-    config: PretrainConfig, layout: BatchLayout, vocabulary: Vocabulary
-) -> DataRequest:
+def data_request(planned: RunPlan, vocabulary: Vocabulary) -> DataRequest:
     """What the run reads."""
+    config = planned.config
     return DataRequest(
         seq_length=config.model.seq_length,
-        global_batch_size=layout.global_batch_size,
+        global_batch_size=planned.batch.global_batch_size,
         train_iters=config.train.train_iters,
         eval_iters=config.train.eval_iters,
         seed=config.train.seed,
@@ -61,7 +58,7 @@ def data_request(
 
 
 def prepare(
-    config: PretrainConfig,
+    planned: RunPlan,
     state: ParallelState,
     pulse: Pulse | None = None,
     owner: Owner | None = None,
@@ -73,21 +70,21 @@ def prepare(
         KVShareError: on the first rank with a fault; the others leave with it.
     """
     pulse, owner = pulse or Pulse(), owner or Owner()
+    config = planned.config
     torch.manual_seed(config.train.seed)
-    layout = batch_layout(config, state.world_size)
-    settings, iteration = _to_load(config, state)
+    settings, iteration = _to_load(planned, state)
     with together(state):
         vocabulary = resolve_vocabulary(config.data, config.model.vocab_size)
-        data = _open_data(config, layout, vocabulary, state)
-        spec = ModelSpec.of(config.model, config.sharing, vocabulary.size, vocabulary.fingerprint)
+        data = _open_data(planned, vocabulary, state)
+        spec = planned.spec(vocabulary.size, vocabulary.fingerprint)
         found = find_checkpoint(settings, spec.identity, state.world_size, iteration)
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
     warn(state, *_schedule_changes(config, found))
     pulse.beat(BUILDING)
-    plan = execution_plan(config.model, config.sharing)
-    cut = placement(config.model, config.sharing, config.parallel)
-    models = build_stages(spec, config.parallel, plan, cut.stages_of(state.pp_rank), state)
+    cut, payload = planned.placement, planned.payload(spec)
+    stages = cut.stages_of(state.pp_rank)
+    models = build_stages(spec, config.parallel, planned.plan, stages, state)
     if found is None:
         for model in models:
             initialize(model, config.train.seed)
@@ -97,15 +94,10 @@ def prepare(
         pulse.beat(LOADING)
         with together(state):
             load_checkpoint(found, models, optimizer, state)
-    micro = config.train.micro_batch_size
-    payload = payload_shape(config.model, config.parallel, micro, spec.shape)
     return Run(
-        config=config,
-        state=state,
-        layout=layout,
+        planned=planned,
         spec=spec,
-        plan=plan,
-        evaluation_plan=evaluation_plan(config.model, config.sharing),
+        state=state,
         data=data,
         models=wrapped,
         chunks=_chunks(wrapped, models, cut, payload),
@@ -130,20 +122,21 @@ def _schedule_changes(config: PretrainConfig, found: Found | None) -> list[str]:
     return [] if change is None else [change]
 
 
-def _check_same_recipe(config: PretrainConfig) -> None:
+def _check_same_recipe(recipe: Recipe) -> None:
     """Every rank took it from the checkpoint it saw: file systems may show them different ones."""
-    recipes = gather_objects(str(recipe(config.sharing)))
+    recipes = gather_objects(str(recipe))
     if len(set(recipes)) > 1:
         rule = "ranks have read different recipes, so they do not see the same checkpoints"
         fix = "use a folder that all nodes see, or name the recipe by --kv-recipe"
         raise CheckpointError(Fault("--kv-recipe", ", ".join(recipes), rule, fix))
 
 
-def _to_load(config: PretrainConfig, state: ParallelState) -> tuple[CheckpointConfig, int | None]:
+def _to_load(planned: RunPlan, state: ParallelState) -> tuple[CheckpointConfig, int | None]:
     """The settings with ``--resume auto`` carried out, and the checkpoint to continue from, None
     without one; says which are damaged."""
+    config = planned.config
     with together(state):
-        _check_same_recipe(config)
+        _check_same_recipe(planned.recipe)
         settings = chosen(config.checkpoint, state, partial(promised_checkpoints, config))
     with together(state):
         newest = newest_sound(settings, state)
@@ -152,14 +145,15 @@ def _to_load(config: PretrainConfig, state: ParallelState) -> tuple[CheckpointCo
 
 
 def _open_data(
-    config: PretrainConfig, layout: BatchLayout, vocabulary: Vocabulary, state: ParallelState
+    planned: RunPlan, vocabulary: Vocabulary, state: ParallelState
 ) -> train_data.TrainData:
+    config = planned.config
     share = train_data.BatchLayout(
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=state.dp_rank,
         dp_size=state.dp_size,
     )
-    return train_data.build(config.data, data_request(config, layout, vocabulary), share)
+    return train_data.build(config.data, data_request(planned, vocabulary), share)
 
 
 def _chunks(

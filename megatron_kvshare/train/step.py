@@ -54,7 +54,7 @@ def train_step(
     zero_gradients(run.models, run.optimizer)
     lr = set_learning_rate(run.scheduler, step)
     how = How(run.plan, orders.measure_residual)
-    sums = _run_batches(run, batches, run.layout.num_microbatches, how).sum(0)
+    sums = _run_batches(run, batches, run.planned.batch.num_microbatches, how).sum(0)
     loss = _mean_loss(sums)
     grad_norm = gradient_norm(run.optimizer)
     finite, stop = vote((loss, grad_norm), orders.stop, run.state)
@@ -86,14 +86,14 @@ def evaluate(run: Run) -> Evaluation:
     for model in run.models:
         model.eval()
     with gathered_parameters(run.models):
-        rows = _validation_sums(run, run.evaluation_plan, train.eval_iters)
+        rows = _validation_sums(run, run.planned.evaluation_plan, train.eval_iters)
         gap = None
         if gap_iters:
-            first = rows[: gap_iters * run.layout.num_microbatches]
+            first = rows[: gap_iters * run.planned.batch.num_microbatches]
             gap = validate(run, _exact_plan(run), gap_iters).loss - _mean_loss(first.sum(0))
     for model in run.models:
         model.train()
-    return _evaluation(run, run.evaluation_plan, rows)._replace(kv_gap=gap)
+    return _evaluation(run, run.planned.evaluation_plan, rows)._replace(kv_gap=gap)
 
 
 def _exact_plan(run: Run) -> ExecutionPlan:
@@ -111,7 +111,7 @@ def validate(run: Run, plan: ExecutionPlan, batches: int) -> Evaluation:
 
 
 def _validation_sums(run: Run, plan: ExecutionPlan, batches: int) -> torch.Tensor:
-    count = batches * run.layout.num_microbatches
+    count = batches * run.planned.batch.num_microbatches
     how = How(plan, bool(plan.groups))
     return _run_batches(run, run.data.valid_batches(), count, how, forward_only=True)
 
@@ -176,7 +176,7 @@ def _by_tasks(
 
     ran: list[Ran] = []
     while len(ran) < count:  # one order for each global batch, evaluations have many
-        some = min(run.layout.num_microbatches, count - len(ran))
+        some = min(run.planned.batch.num_microbatches, count - len(ran))
         more = (loss_of, how.measure_residual, forward_only)
         ran += run.spanning.run(how.plan, batches, some, *more)
     sums = [each.result or (nothing, nothing) for each in ran]

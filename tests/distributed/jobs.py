@@ -28,6 +28,7 @@ from megatron_kvshare.model.sweep import SweepRunner
 from megatron_kvshare.pipeline.payload import PayloadFormat
 from megatron_kvshare.pipeline.transport import Transport
 from megatron_kvshare.sharing.messages import Message
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import step
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
@@ -89,6 +90,9 @@ class Case:
             log=LogConfig(),
         )
 
+    def planned(self, layout: Layout) -> RunPlan:
+        return RunPlan.of(self.config(layout), layout.world_size)
+
 
 def _virtual_layers(model: dict[str, Any], layout: Layout) -> int | None:
     if layout.virtual == 1:
@@ -106,7 +110,7 @@ class Trained(NamedTuple):
 
 def train(state: ParallelState, layout: Layout, case: Case) -> Trained:
     """Run the case's optimizer steps."""
-    run = prepare(case.config(layout), state)
+    run = prepare(case.planned(layout), state)
     initial_weights = gather_by_name(stages(run), state, "weight")
     batches = run.data.train_batches(0)
     losses = [train_step(run, batches, 1).loss]
@@ -163,12 +167,12 @@ def without_gradient(source: Callable, consumer: int) -> Callable:
 
 def evaluate(state: ParallelState, layout: Layout, case: Case) -> Evaluation:
     """Validation loss, its gap to exact and the residuals of freshly initialised weights."""
-    return step.evaluate(prepare(case.config(layout), state))
+    return step.evaluate(prepare(case.planned(layout), state))
 
 
 def payload_bytes(state: ParallelState, layout: Layout, case: Case) -> dict[int, int]:
     """Bytes that every stage of this rank sends forward in one microbatch, as they are sent."""
-    run = prepare(case.config(layout), state)
+    run = prepare(case.planned(layout), state)
     sent: dict[int, int] = {}
     plain_pack, plain_send = PayloadFormat.pack, Transport.send
     above = {id(chunk.leaving): chunk.module.module.stage.number for chunk in run.chunks}
@@ -198,5 +202,5 @@ def parameter_sizes(
     """By the number of every stage of this rank: the shapes of its parameters."""
     return {
         model.stage.number: {name: tuple(x.shape) for name, x in model.named_parameters()}
-        for model in stages(prepare(case.config(layout), state))
+        for model in stages(prepare(case.planned(layout), state))
     }

@@ -13,6 +13,7 @@ from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.huggingface.export import ExportJob, export
 from megatron_kvshare.huggingface.verify import verify
 from megatron_kvshare.model.parameters import gather_by_name
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import saving, setup
 from megatron_kvshare.train.step import train_step
 from tests.distributed.jobs import Case, stages
@@ -38,7 +39,7 @@ LAYOUTS = [
 def save(state, layout: Layout, case: Case, folder: str, steps: int):
     """Train ``steps`` and save; returns the weights by name."""
     config = replace(case.config(layout), checkpoint=CheckpointConfig(save=folder))
-    run = setup.prepare(config, state)
+    run = setup.prepare(RunPlan.of(config, state.world_size), state)
     batches = run.data.train_batches(0)
     for step in range(steps):
         train_step(run, batches, step)

@@ -14,11 +14,9 @@ from typing import Any
 
 import pytest
 
-from megatron_kvshare.config.pipeline import payload_shape, placement
-from megatron_kvshare.config.shape import execution_plan
 from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.solver import Start
 from megatron_kvshare.sharing.traffic import bytes_sent
-from megatron_kvshare.spec.model_spec import ModelSpec
 from tests.distributed import jobs
 from tests.distributed.jobs import Case, Trained
 from tests.distributed.test_parallel import SHARDED, assert_same_training
@@ -142,9 +140,8 @@ def test_stages_train_like_one_rank(layout: str, name: str, world: World, one_ra
 
 
 def refused(layout: Layout, name: str) -> bool:
-    config = case(name).config(layout)
-    spans = placement(config.model, config.sharing, config.parallel).spanning_groups
-    return bool(spans) and config.sharing.kv_start == "self"
+    planned = case(name).planned(layout)
+    return bool(planned.placement.spanning_groups) and planned.recipe.start is Start.SELF
 
 
 VARIANTS = {
@@ -224,10 +221,7 @@ def test_payloads_are_as_large_as_predicted(name: str, layout: Layout, kv_heads:
     sent = {}
     for found in world.run(jobs.payload_bytes, layout, run):
         sent |= found
-    config = run.config(layout)
-    shape = ModelSpec.of(config.model, config.sharing, vocab_size=101).shape
-    payload = payload_shape(config.model, config.parallel, config.train.micro_batch_size, shape)
-    placed = placement(config.model, config.sharing, config.parallel)
-    plan = execution_plan(config.model, config.sharing)
-    predicted = bytes_sent(plan, placed, payload)
+    planned = run.planned(layout)
+    payload = planned.payload(planned.spec(vocab_size=101))
+    predicted = bytes_sent(planned.plan, planned.placement, payload)
     assert sent == {stage: size for stage, size in enumerate(predicted) if size}

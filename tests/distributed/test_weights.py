@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kvshare.config.pipeline import placement
 from megatron_kvshare.sharing.weights import stage_parameters
-from megatron_kvshare.spec.model_spec import ModelSpec
 from tests.distributed import jobs
 from tests.distributed.jobs import Case
 from tests.distributed.world import Layout, World
@@ -36,10 +34,10 @@ def test_ranks_hold_what_the_table_says(layout: Layout, kv_heads: int, untied: b
             for shape in shapes.values():
                 whole = shape[0] * shape[1] if len(shape) == 2 else shape[0] / layout.tensor
                 held[stage] = held.get(stage, 0) + whole
-    config = case.config(layout)
+    planned = case.planned(layout)
     padding = -VOCABULARY % (16 * layout.tensor) * HIDDEN
-    spec = ModelSpec.of(config.model, config.sharing, VOCABULARY)
-    for stage in placement(config.model, config.sharing, config.parallel).stages:
+    spec = planned.spec(VOCABULARY)
+    for stage in planned.placement.stages:
         tables = stage.embeds + (stage.predicts and (untied or not stage.embeds))
         assert held.pop(stage.number) == (
             stage_parameters(spec.shape, spec.map, stage) + tables * padding

@@ -17,6 +17,7 @@ from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.parameters import gather_by_name
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.saving import save, settle
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.step import train_step
@@ -65,7 +66,7 @@ def test_an_async_save_holds_the_moment_it_began(
     """The same state is saved at once and, while three more steps are trained, beside them."""
     side = Side(distributed=distributed, bf16=True)
     flags = [*side.flags, "--save", str(tmp_path / "beside"), "--async-save"]
-    run = prepare(config_of(Layout(), flags), here)
+    run = prepare(RunPlan.of(config_of(Layout(), flags), here.world_size), here)
     beside, at_once = run.saver, Saver(CheckpointConfig(save=str(tmp_path / "once")), here)
     batches = run.data.train_batches(0)
     for step in (1, 2):

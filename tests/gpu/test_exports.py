@@ -25,6 +25,7 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.context import BLOCKWISE_FROM
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.sharing.solver import RECIPES
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.saving import save
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.step import train_step
@@ -63,7 +64,7 @@ def export_of(state: ParallelState, kind: str, root: Path) -> Export:
     flags = f"--bf16 --seq-length {LONG} --micro-batch-size 1 --global-batch-size 1 --lr 1e-3"
     recipe = ["--kv-recipe", STRIDED] if kind == "cyclic" else []
     words = [*MAPS[kind], *recipe, *shlex.split(flags), "--save", str(root / "native")]
-    run = prepare(config_of(Layout(), words), state)
+    run = prepare(RunPlan.of(config_of(Layout(), words), state.world_size), state)
     batches = run.data.train_batches(0)
     for step in (1, 2, 3):
         train_step(run, batches, step)

@@ -25,6 +25,7 @@ from megatron_kvshare.data.train_tokenizer import TokenizerJob, train_tokenizer
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.sharing.solver import RECIPES
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.run import StepResult
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.step import train_step
@@ -109,7 +110,8 @@ def by_masks() -> Iterator[None]:
 
 
 def train(state: ParallelState, flags: list[str], steps: int) -> list[StepResult]:
-    run = prepare(parse_pretrain([*flags, "--train-iters", str(steps)]), state)
+    config = parse_pretrain([*flags, "--train-iters", str(steps)])
+    run = prepare(RunPlan.of(config, state.world_size), state)
     batches = run.data.train_batches(0)
     return [train_step(run, batches, step) for step in range(1, steps + 1)]
 

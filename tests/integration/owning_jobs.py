@@ -15,6 +15,7 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.ownership.claims import new_claim, publish
 from megatron_kvshare.ownership.owner import folder_place, take
 from megatron_kvshare.ownership.process import Process
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.pretrain import pretrain
 from megatron_kvshare.train.report import Typed
 from tests.distributed.world import PATIENCE_SECONDS, Layout
@@ -60,7 +61,8 @@ def run_usurped_between_saves(
         Path(metrics).touch()
         threading.Thread(target=watch, daemon=True).start()
     try:
-        run = pretrain(config_of(layout, flags), state, Typed([], []), heartbeat=BEAT)
+        planned = RunPlan.of(config_of(layout, flags), state.world_size)
+        run = pretrain(planned, state, Typed([], []), heartbeat=BEAT)
     except KVShareError as error:
         return Outcome(error=str(error))
     except SystemExit as leave:

@@ -22,6 +22,7 @@ from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.errors import KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT, ModelOutput
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.pretrain import pretrain
@@ -80,8 +81,8 @@ def run_pretrain(
     printed.enter_context(contextlib.redirect_stderr(warnings))
     try:
         with printed, happening(state.rank, accident):
-            config = config_of(layout, flags)
-            run = pretrain(config, state, Typed(["kvshare", "pretrain", *flags], ["kvshare"]))
+            planned = RunPlan.of(config_of(layout, flags), state.world_size)
+            run = pretrain(planned, state, Typed(["kvshare", "pretrain", *flags], ["kvshare"]))
         left = Outcome(run.progress.step, run.progress.skipped_steps, stopped_by=run.stopped_by)
     except KVShareError as error:
         left = Outcome(error=str(error))
@@ -103,7 +104,7 @@ def config_of(layout: Layout, flags: list[str]) -> PretrainConfig:
 
 def save_again_and_go_on(state: ParallelState, layout: Layout, flags: list[str]) -> list[Record]:
     """Load from `--load`, save at once to `--save`, then train to the end; returns the log."""
-    run = prepare(config_of(layout, flags), state)
+    run = prepare(RunPlan.of(config_of(layout, flags), state.world_size), state)
     save(run, last=True)
     log = Log()
     train(run, Metrics([log], run.config.train.train_iters, 1.0, 1.0), StopWish(None))

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_kvshare.checkpoint import save as saving
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.setup import prepare
@@ -59,7 +60,7 @@ def train_on_while_saving(
 ) -> list[Record]:
     """Nothing is written before `step` is logged; returns the log."""
     gate = Gate(step)
-    run = prepare(config_of(layout, flags), state)
+    run = prepare(RunPlan.of(config_of(layout, flags), state.world_size), state)
     with writing(gate.pass_through):
         train(run, Metrics([gate], run.config.train.train_iters, 1.0, 1.0), StopWish(None))
     run.saver.close()

@@ -18,6 +18,7 @@ from megatron_kvshare.checkpoint.manifest import read_manifest
 from megatron_kvshare.cli.main import main
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.solver import RECIPES
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.setup import prepare
 from tests.distributed.world import PATIENCE_SECONDS, Layout, World
 from tests.integration.conftest import ROOT
@@ -135,7 +136,7 @@ def test_the_command_itself(copy: Path) -> None:
 def with_recipe_of_its_rank(state: ParallelState, layout: Layout) -> str:
     flags = ["--kv-recipe", ["one-sweep", "two-sweep"][state.rank]]
     try:
-        prepare(config_of(layout, flags), state)
+        prepare(RunPlan.of(config_of(layout, flags), state.world_size), state)
     except Exception as error:
         return str(error)
     except SystemExit as leave:

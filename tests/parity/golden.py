@@ -25,6 +25,7 @@ from megatron_kvshare.checkpoint.tensors import NativeTensors
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.sharing.solver import RECIPES
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.pretrain import pretrain
 from megatron_kvshare.train.report import Typed
 from tests.maps import named_maps, random_maps
@@ -74,7 +75,8 @@ def outcome(case: Case, state: parallel.ParallelState) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         words = [*FLAGS, *case.flags, "--save", folder, "--metrics-file", f"{folder}/m.jsonl"]
-        pretrain(parse_pretrain(words), state, Typed(["kvshare", *words], ["kvshare"]))
+        planned = RunPlan.of(parse_pretrain(words), state.world_size)
+        pretrain(planned, state, Typed(["kvshare", *words], ["kvshare"]))
         losses = [json.loads(line)["loss"] for line in _lines(f"{folder}/m.jsonl")]
         stored = NativeTensors(Path(folder) / f"iter_{STEPS:07d}")
         names = sorted(name for name in stored.tensors if not name.startswith(RANDOM_STATE))

@@ -134,6 +134,17 @@ def test_the_import_rule_has_teeth():
     assert not list(upward_edges("config", iter([(5, "megatron_kvshare.sharing.map")])))
 
 
+def test_settings_are_derived_once():
+    """Everybody else is handed a ModelSpec or a RunPlan; rules check what will be derived."""
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in SOURCES
+        if part_of(path) not in ("config", "spec")
+        and any(module == f"{NAME}.config.derive" for _, module in imported_modules(path))
+    }
+    assert found == {"checkpoint/recipe.py", "cli/plan.py"}
+
+
 @pytest.mark.parametrize("path", [p for p in SOURCES if part_of(p) in TORCH_FREE], ids=shown)
 def test_low_levels_need_no_heavy_library(path):
     heavy = [found for found in imported_modules(path) if found[1].split(".")[0] in HEAVY]

@@ -10,8 +10,8 @@ from megatron_kvshare.checkpoint import folder
 from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, Progress
 from megatron_kvshare.checkpoint.recipe import with_recipe_of_checkpoint
 from megatron_kvshare.config import ModelConfig
+from megatron_kvshare.config.derive import recipe
 from megatron_kvshare.config.pretrain import parse_pretrain
-from megatron_kvshare.config.shape import recipe
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES, Recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kvshare.config.pipeline import placement
+from megatron_kvshare.config.derive import placement, sharing_map
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.errors import ConfigError
 
@@ -38,7 +38,7 @@ def parse(flags: str, processes: int):
 )
 def test_layouts(flags: str, layout: tuple[int, ...], chunks: int) -> None:
     config = parse(f"{flags} --pipeline-model-parallel-size 2", 2)
-    placed = placement(config.model, config.sharing, config.parallel)
+    placed = placement(sharing_map(config.model, config.sharing), config.parallel)
     assert (placed.layout, placed.chunks) == (layout, chunks)
 
 

@@ -7,18 +7,23 @@ from pathlib import Path
 import pytest
 
 from megatron_kvshare.config import PretrainConfig, SharingConfig
+from megatron_kvshare.config.derive import recipe
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.config.renamed import RENAMED
-from megatron_kvshare.config.shape import evaluation_plan, execution_plan, recipe
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import OLD_NAMES, RECIPES
+from megatron_kvshare.spec.run_plan import RunPlan
 
 BASE = "--mock-data --vocab-size 100 --kv-pattern sandwich-top --kv-layers 3"
 
 
 def parsed(argv: str) -> PretrainConfig:
     return parse_pretrain(f"{BASE} {argv}".split(), {})
+
+
+def plan_of(argv: str) -> RunPlan:
+    return RunPlan.of(parsed(argv), 1)
 
 
 @pytest.mark.parametrize(
@@ -88,17 +93,15 @@ def limits(plan: ExecutionPlan) -> list[float | None]:
 @pytest.mark.parametrize("in_training", [False, True])
 def test_tolerance_is_for_evaluation_unless_training_asks_for_it(in_training: bool) -> None:
     flag = " --kv-tolerance-in-training" * in_training
-    config = parsed(
+    planned = plan_of(
         f"--kv-recipe two-sweep --kv-tolerance 0.01 --kv-min-sweeps 2 --kv-max-sweeps 4{flag}"
     )
     found = [None, None, 0.01, 0.01, None]
-    assert limits(evaluation_plan(config.model, config.sharing)) == found
-    trained = execution_plan(config.model, config.sharing)
-    assert limits(trained) == (found if in_training else [None, None])
+    assert limits(planned.evaluation_plan) == found
+    assert limits(planned.plan) == (found if in_training else [None, None])
 
 
 def test_without_tolerance_evaluation_has_the_sweeps_of_training() -> None:
-    config = parsed("--kv-recipe two-sweep")
-    trained = execution_plan(config.model, config.sharing)
-    assert evaluation_plan(config.model, config.sharing) == trained
-    assert trained.groups[0].sweeps[0].stride == 4
+    planned = plan_of("--kv-recipe two-sweep")
+    assert planned.evaluation_plan == planned.plan
+    assert planned.plan.groups[0].sweeps[0].stride == 4

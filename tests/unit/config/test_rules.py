@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_kvshare.config.derive import batch_layout, sharing_map
 from megatron_kvshare.config.pretrain import (
-    batch_layout,
     parse_pretrain,
     pretrain_warnings,
     world_size,
@@ -148,15 +148,20 @@ def test_subsets_are_whole_on_every_rank():
     check(f"{layout} --kv-pattern cla:2 --kv-recipe two-sweep", 2)
 
 
+def warnings_of(argv: str) -> list[str]:
+    config = check(argv)
+    return pretrain_warnings(config, sharing_map(config.model, config.sharing))
+
+
 def test_a_recipe_without_effect_is_said():
     (warning,) = [
         text
-        for text in pretrain_warnings(check("--kv-pattern cla:2 --kv-forward-sweeps 0"))
+        for text in warnings_of("--kv-pattern cla:2 --kv-forward-sweeps 0")
         if "no effect" in text
     ]
     assert "--kv-forward-sweeps" in warning
-    cyclic = check("--kv-pattern sandwich-top --kv-layers 3 --kv-recipe two-sweep")
-    assert not any("no effect" in text for text in pretrain_warnings(cyclic))
+    cyclic = "--kv-pattern sandwich-top --kv-layers 3 --kv-recipe two-sweep"
+    assert not any("no effect" in text for text in warnings_of(cyclic))
 
 
 TENSOR_PARALLEL = "--num-attention-heads 12 --hidden-size 96 --ffn-hidden-size 256 --num-layers 2"
@@ -251,7 +256,7 @@ def test_a_type_fault_does_not_hide_a_bad_map_or_rate():
 
 def test_warnings():
     def warned(argv: str) -> str:
-        return "\n".join(pretrain_warnings(check(argv)))
+        return "\n".join(warnings_of(argv))
 
     assert "--sequence-parallel has no effect" in warned("--sequence-parallel")
     assert "layer 0" in warned("--kv-pattern lasagna-top --kv-layers 11")

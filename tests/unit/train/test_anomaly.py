@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_kvshare.checkpoint.manifest import Alarm, Health, Progress
-from megatron_kvshare.config import ModelConfig, PretrainConfig, TrainConfig
+from megatron_kvshare.config import ModelConfig, PretrainConfig, SharingConfig, TrainConfig
 from megatron_kvshare.errors import EXIT_DIVERGED, DivergenceError
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.anomaly import (
     WINDOW,
     after_step,
@@ -153,11 +154,12 @@ def test_the_policy_decides_whether_divergence_ends_the_run() -> None:
 
 def test_the_warning_says_what_was_seen_what_causes_it_and_what_to_try() -> None:
     config = PretrainConfig(train=TrainConfig(lr=5.0, clip_grad=0.0, lr_warmup_iters=10))
-    text = divergence_text(ALARM, config, is_cyclic=False)
+    text = divergence_text(ALARM, RunPlan.of(config, 1))
     assert "step 7" in text and ALARM.seen in text and "Usual causes" in text
     assert "a lower --lr than 5" in text and "longer than 10 steps" in text
     assert "--clip-grad 1" in text and "--kv-recipe" not in text and "--bf16" not in text
-    config = replace(config, model=ModelConfig(bf16=True), train=TrainConfig())
-    text = divergence_text(ALARM, config, is_cyclic=True)
+    cyclic = SharingConfig(kv_pattern="lasagna-top", kv_layers=3)
+    config = PretrainConfig(model=ModelConfig(bf16=True), sharing=cyclic)
+    text = divergence_text(ALARM, RunPlan.of(config, 1))
     assert "--clip-grad" not in text and "without --bf16" in text
     assert "--kv-recipe paper" in text  # the default is two-sweep already

@@ -13,10 +13,11 @@ from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.errors import EXIT_USER_ERROR, OutOfMemoryError
 from megatron_kvshare.megatron_api.memory import Shortage, shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.memory_advice import Job, advice
 from megatron_kvshare.train.out_of_memory import within_memory
 from megatron_kvshare.train.pulse import BUILDING, VALIDATION, Pulse
-from megatron_kvshare.train.report import memory_per_process, mib
+from megatron_kvshare.train.report import mib
 from tests.integration.short_of_memory import CUDA
 
 NCCL = (
@@ -72,7 +73,9 @@ def test_pieces_count_where_together_they_are_enough() -> None:
 
 def job(flags: str, world_size: int = 1, what: str = TRAINING) -> Job:
     argv = f"--mock-data --vocab-size 32000 {flags}".split()
-    return Job(parse_pretrain(argv, {"WORLD_SIZE": str(world_size)}), 32000, world_size, what)
+    config = parse_pretrain(argv, {"WORLD_SIZE": str(world_size)})
+    planned = RunPlan.of(config, world_size)
+    return Job(planned, planned.spec(32000), what)
 
 
 def flags_of(lines: list[str]) -> list[str]:
@@ -107,12 +110,12 @@ def test_every_piece_of_advice_is_a_run_that_needs_what_it_says() -> None:
     ]
     for line in lines:
         words, _, rest = line.partition(": ")
-        changed = job(f"{flags} {words}", world_size=4).config
-        memory = memory_per_process(changed, 32000, 4)
+        changed = job(f"{flags} {words}", world_size=4)
+        memory = changed.planned.memory(changed.spec)
         assert rest.partition(", for")[0].partition(", with")[0].partition(", and")[0] == mib(
             memory.total
         )
-        assert memory.total < memory_per_process(*found[:3]).total
+        assert memory.total < found.planned.memory(found.spec).total
 
 
 def test_what_is_in_use_or_impossible_is_not_advised() -> None:
@@ -164,24 +167,24 @@ def test_a_host_has_advice_of_its_own() -> None:
 
 
 def test_a_single_process_raises_the_message(single: ParallelState) -> None:
-    config, pulse = job("--micro-batch-size 2").config, Pulse()
+    (planned, spec, _), pulse = job("--micro-batch-size 2"), Pulse()
     pulse.beat("validation", 7)
 
     def work() -> Any:
         raise torch.OutOfMemoryError(CUDA)
 
     with pytest.raises(OutOfMemoryError) as caught:
-        within_memory(work, config, single, pulse)
+        within_memory(work, planned, single, pulse)
     assert caught.value.exit_code == EXIT_USER_ERROR and caught.value.__context__ is None
     message = str(caught.value)
     assert message.startswith("out of memory: step 7, validation, rank 0 on cpu = 'Tried to")
-    memory = memory_per_process(config, 32000, 1)
+    memory = planned.memory(spec)
     for part in ("weights", "gradients", "optimizer", "activations", "logits"):
         assert f"{part} {mib(getattr(memory, part))}" in message
 
 
 def test_other_errors_and_results_pass(single: ParallelState) -> None:
-    config = job("").config
-    assert within_memory(lambda: 5, config, single, Pulse()) == 5
+    planned = job("").planned
+    assert within_memory(lambda: 5, planned, single, Pulse()) == 5
     with pytest.raises(ZeroDivisionError):
-        within_memory(lambda: 1 // 0, config, single, Pulse())
+        within_memory(lambda: 1 // 0, planned, single, Pulse())

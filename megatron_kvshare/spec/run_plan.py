@@ -1,0 +1,94 @@
+"""What a configuration comes to on a number of processes: derived once (L2, no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.derive import (
+    BatchLayout,
+    batch_layout,
+    evaluation_plan,
+    payload_shape,
+    placement,
+    recipe,
+    sharing_map,
+    training_plan,
+)
+from megatron_kvshare.sharing.memory import (
+    TrainingLayout,
+    TrainingMemory,
+    on_fullest_rank,
+    training_memory,
+)
+from megatron_kvshare.sharing.placement import PayloadShape, Placement
+from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.solver import Recipe
+from megatron_kvshare.spec.model_spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """``plan``: the sweeps of training; ``placement``: which stage holds which layers; ``batch``:
+    how a global batch is spread over ``world_size`` processes."""
+
+    config: PretrainConfig
+    world_size: int
+    recipe: Recipe
+    plan: ExecutionPlan
+    placement: Placement
+    batch: BatchLayout
+
+    @classmethod
+    def of(cls, config: PretrainConfig, world_size: int) -> RunPlan:
+        """``config`` has passed the rules, for so many processes too."""
+        map, how = sharing_map(config.model, config.sharing), recipe(config.sharing)
+        return cls(
+            config=config,
+            world_size=world_size,
+            recipe=how,
+            plan=training_plan(map, how, config.sharing),
+            placement=placement(map, config.parallel),
+            batch=batch_layout(config, world_size),
+        )
+
+    @cached_property
+    def evaluation_plan(self) -> ExecutionPlan:
+        """The sweeps of an evaluation."""
+        return evaluation_plan(self.plan.map, self.recipe, self.config.sharing)
+
+    def spec(self, vocab_size: int, tokenizer: str | None = None) -> ModelSpec:
+        """The model, once the data has told its vocabulary."""
+        return ModelSpec(
+            model=self.config.model,
+            map=self.plan.map,
+            recipe=self.recipe,
+            window_size=self.config.sharing.window_size,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+        )
+
+    def payload(self, spec: ModelSpec) -> PayloadShape:
+        """One microbatch on its way between stages."""
+        config = self.config
+        return payload_shape(
+            config.model, config.parallel, config.train.micro_batch_size, spec.shape
+        )
+
+    def memory(self, spec: ModelSpec) -> TrainingMemory:
+        """The estimate for the process that needs most."""
+        parallel, model = self.config.parallel, self.config.model
+        layout = TrainingLayout(
+            micro_batch_size=self.config.train.micro_batch_size,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            data_parallel_size=self.batch.data_parallel_size,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            sequence_parallel=parallel.sequence_parallel,
+            bf16=model.bf16,
+            recompute_full=model.recompute_granularity == "full",
+        )
+        whole = training_memory(spec.shape, self.plan, layout)
+        if self.placement.ranks == 1:
+            return whole
+        return on_fullest_rank(whole, spec.shape, self.placement)
