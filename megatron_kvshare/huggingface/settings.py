@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +24,8 @@ from megatron_kvshare.spec.model_spec import ModelSpec
 
 _MOST_LAYERS = 10_000
 """More are a mistake, and would take minutes to lay out."""
+_MOST_SWEEPS = 1000
+"""Or as many as there are tokens: more change nothing, and take for ever."""
 
 # Setting of ours -> key of config.json.
 _NUMBERS = {
@@ -290,8 +292,11 @@ class _Reader:
         usual = {"iter_forward_passes": 7, "iter_backward_passes": 2, "iter_stride": 1}
         usual |= {"iter_project_at_use": False, "iter_start": "zero"}
         self.config = {**usual, **self.config}
-        stride = self._whole("iter_stride", least=0)
-        sweeps = {ours: self._whole(key, least=0) for ours, key in list(_RECIPE.items())[:2]}
+        most = max(_MOST_SWEEPS, self.config["max_position_embeddings"])
+        stride = self._whole("iter_stride", least=0, most=most)
+        sweeps = {
+            ours: self._whole(key, least=0, most=most) for ours, key in list(_RECIPE.items())[:2]
+        }
         return Recipe(
             solver=Solver.JACOBI if stride == 1 else Solver.STRIDED,
             stride=stride,
@@ -338,7 +343,10 @@ class _Reader:
             raise MapError(Fault("config.json: layer_types", notation, rule, "mend config.json"))
         map_ = self._of_depth(SharingMap.parse(notation), layers, "layer_types")
         kinds = ("forward", "backward")
-        sweeps = {f"{kind}_sweeps": self._whole(f"{kind}_passes", least=0) for kind in kinds}
+        most = max(_MOST_SWEEPS, self.config["max_position_embeddings"])
+        sweeps = {
+            f"{kind}_sweeps": self._whole(f"{kind}_passes", least=0, most=most) for kind in kinds
+        }
         window = None
         if any(map_.windowed) and self.config["sliding_window"] is not None:
             window = self._whole("sliding_window")
@@ -352,4 +360,5 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    most = sys.float_info.max  # JSON has whole numbers that no float holds
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= most

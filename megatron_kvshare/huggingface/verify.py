@@ -243,10 +243,11 @@ def _logits(
     usual = {"attn_implementation": "sdpa", "dtype": torch.float32, "local_files_only": True}
     try:
         model = classes[config["model_type"]].from_pretrained(folder, **usual, **changes)
+        logits: torch.Tensor = model.eval()(tokens, use_cache=False).logits
     except Exception as error:  # it raises nearly anything for a file that it cannot use
         if shortage(error):
             raise
-        rule = f"transformers cannot load it: {error}"
-        fix = "mend config.json; the same has to load there"
+        rule = f"transformers cannot load and run it: {error}"
+        fix = "mend config.json; it has to run there too"
         raise CheckpointError(Fault(str(folder), type(error).__name__, rule, fix)) from error
-    return model.eval()(tokens, use_cache=False).logits
+    return logits

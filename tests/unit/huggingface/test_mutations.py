@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_kvshare.checkpoint.stored import whole_model
-from megatron_kvshare.errors import KVShareError
+from megatron_kvshare.errors import CheckpointError, KVShareError
 from megatron_kvshare.huggingface.configuration_kvshare import KVShareConfig
 from megatron_kvshare.huggingface.folder import CONFIG, INDEX, HuggingFaceWeights
 from megatron_kvshare.huggingface.importing import open_folder
 from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
+from megatron_kvshare.huggingface.verify import same_logits
 from megatron_kvshare.inference.api import LoadedModel
 from megatron_kvshare.sharing.patterns import build_map
 from tests.huggingface import write_folder
@@ -59,22 +60,23 @@ def test_index(tmp_path: Path, count: int) -> None:
 @pytest.mark.parametrize("name", MAPS)
 def test_config(tmp_path: Path, single, name: str, count: int) -> None:
     """What is accepted computes what transformers computes of the same folder; where that cannot
-    load it, what was written."""
+    load it, the proof of an import refuses it."""
     hf = write_folder(tmp_path / "hf", MAPS[name], architectures=["LlamaForCausalLM"])
-    original = theirs(hf, name)
     accepted = 0
     for what in changed_texts(hf / CONFIG, count):
         try:
             found = open_folder(hf)
         except KVShareError:
             continue
-        accepted += 1
-        model = whole_model(found.spec, found.weights, single)
-        mine = LoadedModel(model, found.spec).logits(TOKENS)
         try:
             wanted = theirs(hf, name)
         except Exception:
-            wanted = original
+            with pytest.raises(CheckpointError, match="transformers cannot load and run it"):
+                same_logits(found.spec, found.weights, hf, found.config, single)
+            continue
+        accepted += 1
+        model = whole_model(found.spec, found.weights, single)
+        mine = LoadedModel(model, found.spec).logits(TOKENS)
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4, msg=what)
     assert 0 < accepted < count
 
