@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_kvshare.errors import CheckpointError, Fault
-from megatron_kvshare.ownership.aside import aside, remove, remove_leftovers
+from megatron_kvshare.ownership.aside import aside, remove, remove_leftovers, sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OLD = ".old"
@@ -42,13 +42,18 @@ def latest_iteration(root: Path) -> int | None:
     return int(text)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether it names something in a folder, and nothing else anywhere."""
+    return name not in ("", ".", "..") and not any(each in name for each in "/\\\0")
+
+
 def file_inside(folder: Path, name: str) -> Path:
     """The file ``name`` of a checkpoint, where what is read says the name.
 
     Raises:
         ValueError: it would be a file outside the folder, by its path or through a link.
     """
-    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+    if not is_file_name(name):
         raise ValueError(f"{name!r} is not the name of a file in the folder")
     path = folder / name
     if path.is_symlink() and path.resolve().parent != folder.resolve():
@@ -103,19 +108,19 @@ def candidates(root: Path) -> Candidates:
 
 
 def _candidates(root: Path) -> Candidates:
-    names = os.listdir(root) if root.is_dir() else []
-    there = _iterations(root, names)
+    there = _iterations(root)
     try:
         named = latest_iteration(root)
     except CheckpointError as error:
         return Candidates(there, str(error.faults[0]))
     if named is None:
         return Candidates(there, f"{root / TRACKER} is missing" if there else None)
-    return Candidates([number for number in there if number <= named], passed_over(root, named))
+    return Candidates([each for each in there if each <= named], _passed_over(root, named, there))
 
 
-def _iterations(root: Path, names: Sequence[str]) -> list[int]:
+def _iterations(root: Path) -> list[int]:
     """Those of folders with the name of a checkpoint, the newest first."""
+    names = os.listdir(root) if root.is_dir() else []
     found = (re.fullmatch("iter_([0-9]{1,18})", name) for name in names)
     return sorted(
         (int(name[1]) for name in found if name and (root / name[0]).is_dir()), reverse=True
@@ -125,7 +130,11 @@ def _iterations(root: Path, names: Sequence[str]) -> list[int]:
 def passed_over(root: Path, named: int) -> str | None:
     """What to say where the tracker names an older checkpoint than there is: people go back that
     way, and damage looks the same."""
-    newest = next(iter(_iterations(root, os.listdir(root))), named)
+    return _passed_over(root, named, _iterations(root))
+
+
+def _passed_over(root: Path, named: int, there: Sequence[int]) -> str | None:
+    newest = max(there, default=named)
     if newest <= named:
         return None
     name = iteration_folder(root, newest).name
@@ -134,16 +143,7 @@ def passed_over(root: Path, named: int) -> str | None:
 
 def flush(folder: Path) -> None:
     """Make sure that the files of ``folder``, and their names, are on the disk."""
-    _sync(*folder.iterdir(), folder)
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync(*folder.iterdir(), folder)
 
 
 def publish(partial: Path, target: Path, iteration: int) -> None:
@@ -154,14 +154,14 @@ def publish(partial: Path, target: Path, iteration: int) -> None:
     draft = aside(tracker)
     try:
         draft.write_text(f"{iteration}\n", encoding="utf-8")
-        _sync(draft)
+        sync(draft)
         _replace(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
         os.replace(draft, tracker)
     except OSError:
         draft.unlink(missing_ok=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _replace(partial: Path, target: Path) -> None:

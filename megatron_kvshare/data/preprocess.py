@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,11 +26,11 @@ from megatron_kvshare.data.documents import DocumentReader, RawDocument, TextDoc
 from megatron_kvshare.data.publish import INDEX, NOTES, TOKENS, publish
 from megatron_kvshare.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_kvshare.errors import DataError, Fault
+from megatron_kvshare.ownership.aside import aside, remove_leftovers
 from megatron_kvshare.ownership.owner import file_place, owned
 
 _BATCH_BYTES = 1 << 19
 _BATCHES_PER_WORKER = 3
-_SUFFIXES = (TOKENS, INDEX, NOTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,8 @@ class _Outputs:
 
         Path(self.job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
         size = self.tokenizer.vocab_size
-        self.writers = [TokenFileWriter(_partial(p, TOKENS), size) for p in self.job.prefixes]
+        self.partial = [_aside(prefix) for prefix in self.job.prefixes]
+        self.writers = [TokenFileWriter(files[TOKENS], size) for files in self.partial]
         self.totals = [Progress(total_bytes=0) for _ in self.job.prefixes]
 
     def write(self, batch: Sequence[_Encoded], progress: Progress) -> None:
@@ -162,25 +163,25 @@ class _Outputs:
 
     def finish(self) -> None:
         """Give the files their names, all complete."""
-        for prefix, writer, total in zip(self.job.prefixes, self.writers, self.totals, strict=True):
+        every = zip(self.job.prefixes, self.partial, self.writers, self.totals, strict=True)
+        for prefix, files, writer, total in every:
             if not total.tokens:
                 fix = "give files with text (see --json-keys and --text-documents)"
                 raise DataError(Fault("--input", prefix, "the input holds no text", fix))
-            writer.finalize(_partial(prefix, INDEX))
-            with _partial(prefix, INDEX).open("rb") as index:
+            writer.finalize(files[INDEX])
+            with files[INDEX].open("rb") as index:
                 sha256 = hashlib.file_digest(index, "sha256").hexdigest()
             notes = _notes(self.job, self.tokenizer, total) | {"index_sha256": sha256}
-            text = json.dumps(notes, indent=1) + "\n"
-            _partial(prefix, NOTES).write_text(text, encoding="utf-8")
-        for prefix in self.job.prefixes:
-            publish({suffix: _partial(prefix, suffix) for suffix in _SUFFIXES}, prefix)
+            files[NOTES].write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+        for prefix, files in zip(self.job.prefixes, self.partial, strict=True):
+            publish(files, prefix)
 
     def discard(self) -> None:
         """Remove what is left under temporary names."""
-        for prefix, writer in zip(self.job.prefixes, self.writers, strict=True):
+        for files, writer in zip(self.partial, self.writers, strict=True):
             writer.close()
-            for suffix in _SUFFIXES:
-                _partial(prefix, suffix).unlink(missing_ok=True)
+            for path in files.values():
+                path.unlink(missing_ok=True)
 
 
 def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = None) -> Progress:
@@ -302,6 +303,9 @@ def _notes(job: PreprocessJob, tokenizer: Tokenizer, total: Progress) -> dict[st
     }
 
 
-def _partial(prefix: str, suffix: str) -> Path:
-    path = Path(prefix)
-    return path.with_name(f".{path.name}.{os.getpid()}{suffix}.partial")
+def _aside(prefix: str) -> dict[str, Path]:
+    """By suffix, where the files are written; what killed runs were writing goes."""
+    targets = {suffix: Path(prefix + suffix) for suffix in (TOKENS, INDEX, NOTES)}
+    for target in targets.values():
+        remove_leftovers(target.parent, re.escape(target.name))
+    return {suffix: aside(target) for suffix, target in targets.items()}

@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_kvshare.ownership.aside import sync
+
 INDEX, TOKENS, NOTES = ".idx", ".bin", ".meta.json"
 
 
@@ -19,20 +21,11 @@ def publish(partial: Mapping[str, Path], prefix: str) -> None:
     before the next.
     """
     folder = Path(prefix).parent
-    for path in partial.values():
-        _flush(path)
+    sync(*partial.values())
     Path(prefix + INDEX).unlink(missing_ok=True)
-    _flush(folder)
+    sync(folder)
     for suffix in (TOKENS, NOTES):
         os.replace(partial[suffix], prefix + suffix)
-    _flush(folder)
+    sync(folder)
     os.replace(partial[INDEX], prefix + INDEX)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder)

@@ -1,9 +1,10 @@
 """Names under which results are written before they get their own (L1): no two writers share one,
-so what a killed one left is never part of what another writes."""
+so what a killed one left is never part of what another writes; and what puts them on the disk."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import uuid
@@ -35,3 +36,13 @@ def remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def sync(*paths: Path) -> None:
+    """Make sure that the content of files, and the names in folders, are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
