@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_kvshare.checkpoint.folder import is_file_name
 from megatron_kvshare.config import CheckpointConfig
+from megatron_kvshare.config.settings import flag_of
 from megatron_kvshare.errors import CheckpointError, Fault, KVShareError
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
@@ -165,7 +167,7 @@ def _checked(values: Any) -> dict[str, Any]:
         raise ValueError(f"format_version {version!r} is not a version")
     if ("sha256" in values or version >= 4) and values["sha256"] != _digest(values):
         raise ValueError("its text is not what was written (SHA-256)")
-    if any(name in ("", ".", "..") or "/" in name for name in values.get("files", ())):
+    if not all(map(is_file_name, values.get("files", ()))):
         raise ValueError("it names files outside its folder")
     return values
 
@@ -266,7 +268,7 @@ def _shown(identity: dict[str, Any], name: str) -> Any:
 
 
 def _where(name: str) -> str:
-    return "tokenizer" if name == "tokenizer" else "--" + name.replace("_", "-")
+    return "tokenizer" if name == "tokenizer" else flag_of(name)
 
 
 def _fix(name: str) -> str:

@@ -17,7 +17,7 @@ from megatron_kvshare.config.help import help_text
 from megatron_kvshare.config.megatron_flags import MegatronFlags, megatron_fault
 from megatron_kvshare.config.renamed import RENAMED
 from megatron_kvshare.config.rule import Rule, broken
-from megatron_kvshare.config.settings import Setting, groups_of, settings_of
+from megatron_kvshare.config.settings import Setting, flag_of, groups_of, settings_of
 from megatron_kvshare.config.sources import Given, read_arguments, read_yaml
 from megatron_kvshare.errors import ConfigError, Fault
 
@@ -143,7 +143,7 @@ class _Reader:
         kind = "key" if given.from_file else "flag"
         hint = f"all {kind}s: {self.command.prog} --help"
         if near:
-            name = near[0] if given.from_file else "--" + near[0].replace("_", "-")
+            name = near[0] if given.from_file else flag_of(near[0])
             hint = f"did you mean {name}? A{hint[1:]}"
         value = " ".join(given.values) if given.values else "given"
         return Fault(given.where, value, f"there is no such {kind}", hint)

@@ -12,6 +12,7 @@ from megatron_kvshare.config.data import DataConfig
 from megatron_kvshare.config.derive import sharing_map
 from megatron_kvshare.config.rule import multiples, rule
 from megatron_kvshare.config.schema import PretrainConfig
+from megatron_kvshare.config.settings import flag_of
 from megatron_kvshare.errors import ConfigError, Fault, MapError
 
 
@@ -87,7 +88,7 @@ def dropout_is_off(config: PretrainConfig) -> Iterator[Fault]:
     for name in ("attention_dropout", "hidden_dropout"):
         value = getattr(config.train, name)
         if value > 0:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             yield Fault(flag, value, reason, f"use {flag} 0 or leave it out")
 
 
@@ -118,7 +119,7 @@ def data_exists(config: PretrainConfig) -> Iterator[Fault]:
         words = getattr(config.data, name)
         if not words or config.data.mock_data:
             continue
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         try:
             sources = parse_blend(flag, words)
         except ConfigError as error:
@@ -202,7 +203,7 @@ def saving_is_possible(config: PretrainConfig) -> Iterator[Fault]:
     for name in _OF_SAVING:
         value = getattr(checkpoint, name)
         if value:
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             fix = f"add --save FOLDER or drop {flag}"
             yield Fault(flag, value, "there is no folder to save to", fix)
 

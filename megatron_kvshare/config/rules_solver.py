@@ -9,6 +9,7 @@ from megatron_kvshare.config.derive import recipe, sharing_map
 from megatron_kvshare.config.model import ParallelConfig, SharingConfig
 from megatron_kvshare.config.rule import multiples, rule
 from megatron_kvshare.config.rules_model import HasSharing
+from megatron_kvshare.config.settings import flag_of
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing.map import SharingMap
 
@@ -78,7 +79,7 @@ def recipe_warnings(sharing: SharingConfig, map: SharingMap) -> list[str]:
         return []
     names = [*_RECIPE.split(), "kv_tolerance"]
     given = [
-        "--" + name.replace("_", "-")
+        flag_of(name)
         for name in names
         if getattr(sharing, name) is not None and getattr(sharing, name) is not False
     ]

@@ -19,6 +19,11 @@ _BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"
 _KINDS = {int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "text")}
 
 
+def flag_of(name: str) -> str:
+    """How the command line writes the setting of this name."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Setting:
     """One field. ``group`` is the attribute that holds its dataclass; empty for a field of the top
@@ -32,7 +37,7 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
 
     @property
     def negative(self) -> str | None:

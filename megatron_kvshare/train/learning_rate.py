@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kvshare.config import PretrainConfig, TrainConfig
+from megatron_kvshare.config.settings import flag_of
 from megatron_kvshare.megatron_api.optimizer import learning_rate
 
 _SHAPE = (
@@ -34,7 +35,7 @@ def schedule_change(stored: Mapping[str, Any], train: TrainConfig, step: int) ->
     if math.isclose(planned, now, rel_tol=1e-6, abs_tol=1e-12 * train.lr):
         return None
     changed = [
-        f"{_flag(name)} was {_shown(value)}, now {_shown(getattr(train, name))}"
+        f"{flag_of(name)} was {_shown(value)}, now {_shown(getattr(train, name))}"
         for name, value in known.items()
         if value != getattr(train, name)
     ]
@@ -55,15 +56,11 @@ def _way_out(before: TrainConfig, train: TrainConfig, planned: float) -> str:
     wanted = replace(before, lr_decay_iters=before.decay_iters)
     given = {name: getattr(wanted, name) for name in _SHAPE}
     flags = [
-        f"{_flag(name)} {value}" if value is not None else f"no {_flag(name)}"
+        f"{flag_of(name)} {value}" if value is not None else f"no {flag_of(name)}"
         for name, value in given.items()
         if value != getattr(train, name)
     ]
     return f"To go on with that schedule, give {', '.join(flags)}."
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _shown(value: object) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.pretrain import layout_faults
+from megatron_kvshare.config.settings import flag_of
 from megatron_kvshare.megatron_api.memory import Shortage
 from megatron_kvshare.sharing.memory import TrainingMemory
 from megatron_kvshare.sharing.solver import DEFAULT_RECIPE
@@ -117,7 +118,7 @@ def _fewer_sweeps(planned: RunPlan) -> Iterator[_Change]:
 def _changed(config: PretrainConfig, group: str, remark: str, **settings: Any) -> _Change:
     words = []
     for name, value in settings.items():
-        words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+        words += [flag_of(name), *([] if value is True else [str(value)])]
     part = replace(getattr(config, group), **settings)
     return _Change(" ".join(words), replace(config, **{group: part}), remark)
 
