@@ -150,11 +150,11 @@ def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
             since they were checked.
     """
     fault = None
+    needed = {spec.index_sha256 for spec in specs}
     if _rank() == 0:
         try:
-            names = {spec.index_sha256 for spec in specs}
             sample_cache.fill(
-                lambda folder: [_dataset(spec, folder) for spec in specs], cache, names
+                lambda folder: [_dataset(spec, folder) for spec in specs], cache, needed
             )
         except OSError as error:
             fault = Fault(
@@ -168,7 +168,8 @@ def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
     fault = _from_rank_zero(fault)
     if fault is not None:
         raise DataError(fault)
-    return [_cached_dataset(spec, cache) for spec in specs]
+    whole = {data: sample_cache.is_whole(cache, data) for data in needed}
+    return [_cached_dataset(spec, cache, whole[spec.index_sha256]) for spec in specs]
 
 
 def _dataset(spec: PartSpec, cache: str) -> GPTDataset:
@@ -207,9 +208,9 @@ def _opened_as_checked(spec: PartSpec, config: GPTDatasetConfig) -> IndexedDatas
     return source
 
 
-def _cached_dataset(spec: PartSpec, cache: Path) -> GPTDataset:
-    """A rank may see another disk than rank 0's, or a damaged file on its own."""
-    if sample_cache.is_whole(cache, spec.index_sha256):
+def _cached_dataset(spec: PartSpec, cache: Path, is_whole: bool) -> GPTDataset:
+    """A rank may see another disk than rank 0's, or a damaged file there: not ``is_whole``."""
+    if is_whole:
         with contextlib.suppress(FileNotFoundError):
             return _dataset(spec, str(cache))
     return _dataset(spec, "")  # the stock class keeps the index in memory when the folder is ""
