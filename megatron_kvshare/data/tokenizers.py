@@ -273,11 +273,9 @@ class HuggingFaceTokenizer:
 
 def _refuse_code(folder: Path) -> None:
     file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return
     try:
-        code = json.loads(file.read_text(encoding="utf-8")).get("auto_map")
-    except (ValueError, AttributeError) as error:
+        code = _json(file).get("auto_map")
+    except ValueError as error:
         rule, fix = f"it is no readable JSON object ({error})", "download it again"
         raise _fault("--tokenizer-model", str(file), rule, fix) from error
     if code:
