@@ -14,8 +14,7 @@ from megatron_kvshare.checkpoint.tensors import NativeWeights, TensorInfo, Tenso
 from megatron_kvshare.config import ParallelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
-from megatron_kvshare.model.build import build_stages
-from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.gpt import KVShareGPT, build_stages
 from megatron_kvshare.model.parameters import fill
 from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.solver import solver_plan

@@ -3,6 +3,7 @@ of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -164,3 +165,14 @@ class KVShareGPT(nn.Module):
         assert owner is not None, "neither embedding nor head is on this stage"
         weight: nn.Parameter = owner.weight
         return weight
+
+
+def build_stages(
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    plan: ExecutionPlan,
+    stages: Sequence[Stage],
+    state: ParallelState,
+) -> list[KVShareGPT]:
+    """The pipeline stages of one rank, without weights that mean anything."""
+    return [KVShareGPT(spec, parallel, plan, state, stage) for stage in stages]

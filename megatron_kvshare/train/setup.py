@@ -28,8 +28,7 @@ from megatron_kvshare.megatron_api.optimizer import (
     wrap_stages,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
-from megatron_kvshare.model.build import build_stages
-from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.gpt import KVShareGPT, build_stages
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
 from megatron_kvshare.pipeline.spanning import SpanningPipeline

@@ -10,8 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_kvshare.config import ParallelConfig, TrainConfig
 from megatron_kvshare.megatron_api.optimizer import build_optimizer, wrap_stages
 from megatron_kvshare.megatron_api.parallel import ParallelState
-from megatron_kvshare.model.build import build_stages
-from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.gpt import KVShareGPT, build_stages
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.placement import Placement
