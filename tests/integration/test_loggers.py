@@ -14,6 +14,7 @@ from megatron_kvshare.checkpoint.folder import latest_iteration
 from megatron_kvshare.checkpoint.load import newest_sound
 from megatron_kvshare.config import CheckpointConfig, LogConfig
 from megatron_kvshare.train.sinks import Expendable, JsonLines, TensorBoard, Wandb
+from tests.disks import small_disk
 from tests.distributed.world import PATIENCE_SECONDS, Layout, World
 from tests.integration.pretrain_jobs import SMALL, records, run_pretrain
 
@@ -26,11 +27,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four pages."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={4 * PAGE}", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_disk(folder, 4 * PAGE):
+        yield folder
 
 
 def fill(disk: Path, free_pages: int) -> Path:

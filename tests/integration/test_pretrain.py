@@ -61,16 +61,20 @@ def test_what_a_run_says(trained: Path) -> None:
     assert "--finetune --load" in output.splitlines()[-3]  # its learning rate has ended at 0
 
 
-def test_a_longer_run_says_what_becomes_of_its_learning_rate(trained: Path) -> None:
-    command = [sys.executable, "-m", "megatron_kvshare", "pretrain", *SMALL, "--eval-iters", "0"]
-    flags = ["--load", str(trained / "save"), "--train-iters", "8"]
-    done = subprocess.run(
-        [*command, *flags],
+def in_a_fresh_process(flags: list[str]) -> subprocess.CompletedProcess[str]:
+    """A run of `SMALL` with more flags."""
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_kvshare", "pretrain", *SMALL, *flags],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
     )
+
+
+def test_a_longer_run_says_what_becomes_of_its_learning_rate(trained: Path) -> None:
+    flags = ["--load", str(trained / "save"), "--train-iters", "8", "--eval-iters", "0"]
+    done = in_a_fresh_process(flags)
     assert done.returncode == 0, done.stderr
     assert "the learning rate goes from 0 in step 6 to" in done.stderr
     assert "--train-iters was 6, now 8" in done.stderr
@@ -78,16 +82,8 @@ def test_a_longer_run_says_what_becomes_of_its_learning_rate(trained: Path) -> N
 
 def test_resume_in_a_fresh_process_is_bit_identical(trained: Path, tmp_path: Path) -> None:
     set_latest(trained / "save", 3)
-    command = [sys.executable, "-m", "megatron_kvshare", "pretrain", *SMALL]
     flags = ["--load", str(trained / "save"), "--metrics-file", str(tmp_path / "m.jsonl")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-    )
+    done = in_a_fresh_process(flags)
     set_latest(trained / "save", 6)
     assert done.returncode == 0, done.stderr
     assert "the learning rate goes" not in done.stderr

@@ -16,6 +16,7 @@ from megatron_kvshare.checkpoint.save import save_checkpoint
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.sharing.patterns import build_map
+from tests.disks import small_disk
 from tests.huggingface import TINY, model_spec
 
 TOP = build_map(4, "sandwich-top", 2)
@@ -25,11 +26,8 @@ PAGE = 4096
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    with small_disk(tmp_path, 4 * 2**20):
+        yield tmp_path
 
 
 def test_at_any_point_of_a_save(disk, single):
