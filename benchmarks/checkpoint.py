@@ -27,7 +27,6 @@ import torch
 from train_step import MODEL, VOCAB
 
 from megatron_kvshare.checkpoint.parts import Part
-from megatron_kvshare.checkpoint.save import content
 from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import (
     CheckpointConfig,
@@ -139,7 +138,7 @@ def measure(folder: Path, rounds: int) -> tuple[dict[str, Any], list[Round]]:
 
     one_round(run, savers, step)  # finds its memory, and is dropped
     found = [one_round(run, savers, step) for _ in range(rounds)]
-    parts = content([model.module for model in run.models], run.optimizer, state)
+    parts = run.engine.state_shards(with_optimizer=True)
     num_bytes = sum(part.data.numel() * part.data.element_size() for part in parts)
     result = summary(found, num_bytes, copy_seconds(parts))
     for saver in savers:

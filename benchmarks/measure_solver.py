@@ -24,9 +24,9 @@ from megatron_kvshare.sharing.cost import prefill_work, standard_plan, train_flo
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import Recipe, Solver, exact_plan, solver_plan
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.train.evaluation import validation_sums
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
-from megatron_kvshare.train.step import validate
 
 PREFILLS = {
     **{f"jacobi {n}": (1, n) for n in (1, 2, 3, 4, 6, 9)},
@@ -42,7 +42,7 @@ def main() -> None:
     state = parallel.initialize(backend="gloo")
     run = prepare(RunPlan.of(config, state.world_size), state)
     assert run.progress.step == config.train.train_iters, "the run is not finished"
-    (model,) = run.models
+    (model,) = run.engine.stages
     model.eval()
     folder = Path(config.checkpoint.save or "").parent
     with torch.no_grad():
@@ -54,14 +54,14 @@ def main() -> None:
 def measure(run: Run, metrics: Path) -> dict[str, Any]:
     batches, length = run.config.train.eval_iters, run.config.model.seq_length
     found = {
-        "iterated_loss": validate(run, run.plan, batches).loss,
+        "iterated_loss": validation_sums(run, run.plan, batches).mean_loss,
         "train_flops": train_flops_per_token(run.spec.shape, run.plan) * run.progress.tokens,
         **_training(metrics),
     }
     found["exact_loss"] = found["iterated_loss"]
     if run.plan.map.is_cyclic:
         exact = exact_plan(run.plan.map, length, 1e-6)
-        found["exact_loss"] = validate(run, exact, batches).loss
+        found["exact_loss"] = validation_sums(run, exact, batches).mean_loss
         found["prefill"] = prefills(run, exact)
     return found
 
@@ -79,20 +79,21 @@ def _training(metrics: Path) -> dict[str, Any]:
 def prefills(run: Run, exact: ExecutionPlan) -> list[dict[str, Any]]:
     """Loss and logits of several plans beside exact ones, their time over a standard stack's."""
     tokens = next(run.data.valid_batches()).tokens[:1]
-    true_loss = validate(run, exact, PREFILL_BATCHES).loss
-    true_logits = run.models[0](tokens, plan=exact).value[..., : run.spec.vocab_size]
+    true_loss = validation_sums(run, exact, PREFILL_BATCHES).mean_loss
+    true_logits = run.engine.stages[0](tokens, plan=exact).value[..., : run.spec.vocab_size]
     standard = standard_model(run)
     rows = []
     for name, (stride, sweeps) in PREFILLS.items():
         plan = _plan(run, stride, sweeps)
-        logits = run.models[0](tokens, plan=plan).value[..., : run.spec.vocab_size]
+        logits = run.engine.stages[0](tokens, plan=plan).value[..., : run.spec.vocab_size]
         rows.append(
             {
                 "plan": name,
                 "stride": stride,
                 "sweeps": sweeps,
                 "work": prefill_work(plan),
-                "loss_difference": validate(run, plan, PREFILL_BATCHES).loss - true_loss,
+                "loss_difference": validation_sums(run, plan, PREFILL_BATCHES).mean_loss
+                - true_loss,
                 "logit_difference": float((logits - true_logits).abs().mean()),
                 "time_over_standard": _time_ratio(run, plan, standard, tokens),
             }
@@ -122,7 +123,7 @@ def _time_ratio(
     ratios = []
     for _ in range(pairs + 1):
         start = time.perf_counter()
-        run.models[0](tokens, plan=plan)
+        run.engine.stages[0](tokens, plan=plan)
         middle = time.perf_counter()
         standard(tokens)
         ratios.append((middle - start) / (time.perf_counter() - middle))

@@ -13,20 +13,21 @@ after skipping with head and optimizer counted, both over the standard map.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from megatron_kvshare.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_kvshare.data.train_data import Batch
 from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.megatron_api.optimizer import (
     build_optimizer,
@@ -39,6 +40,7 @@ from megatron_kvshare.megatron_api.schedule import run_schedule
 from megatron_kvshare.model import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk
+from megatron_kvshare.pipeline.runner import Pass
 from megatron_kvshare.sharing.cost import standard_plan, train_factor, train_step_flops
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import ExecutionPlan
@@ -110,21 +112,14 @@ def our_step(plan: ExecutionPlan, state: parallel.ParallelState) -> Step:
     chunk = StageChunk(model, entering=None, leaving=None)
     inputs, labels = tokens()
 
-    def chunk_step(_: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = chunk(inputs, labels)[0].value
-        return loss.sum(), torch.tensor(loss.numel(), dtype=torch.int32)
+    batch = Batch(inputs, labels, torch.ones(labels.shape), None, None)
 
     def step() -> None:
         zero_gradients([model], optimizer)
-        run_schedule([chunk], [model], _forever(), chunk_step, num_microbatches=1)
+        run_schedule([chunk], itertools.repeat(batch), Pass(plan), num_microbatches=1)
         update_parameters([model], optimizer, TRAIN.clip_grad, gradient_norm(optimizer))
 
     return step
-
-
-def _forever() -> Iterator[None]:
-    while True:
-        yield None
 
 
 def transformers_step() -> Step:

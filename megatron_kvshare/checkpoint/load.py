@@ -27,6 +27,7 @@ from megatron_kvshare.checkpoint.parts import (
     OPTIMIZER,
     RANDOM_STATE,
     UPDATES,
+    OptimizerState,
     Part,
     optimizer_parts,
     single_parts,
@@ -37,8 +38,7 @@ from megatron_kvshare.checkpoint.storage import read_parts
 from megatron_kvshare.checkpoint.traces import traces
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError, Fault
-from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer, reload_parameters
-from megatron_kvshare.megatron_api.optimizer_state import MAIN, set_updates
+from megatron_kvshare.megatron_api.optimizer_state import MAIN
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
 
@@ -221,7 +221,7 @@ def _progress(stored: Progress, settings: CheckpointConfig) -> Progress:
 
 
 def load_checkpoint(
-    found: Found, models: Sequence[KVShareGPT], optimizer: MegatronOptimizer, state: ParallelState
+    found: Found, models: Sequence[KVShareGPT], optimizer: OptimizerState, state: ParallelState
 ) -> None:
     """Fill ``models``, this rank's pipeline stages, and ``optimizer``; every rank reads for itself.
 
@@ -237,20 +237,20 @@ def load_checkpoint(
     stored = [_as_stored(part, names, found.take_optimizer) for part in parts]
     read_parts(stored, found.folder, metadata)
     if found.take_optimizer:
-        set_updates(optimizer, _updates(found.folder, metadata))
+        optimizer.set_updates(_updates(found.folder, metadata))
     else:
-        reload_parameters(optimizer)
+        optimizer.follow_weights()
     if found.take_random_state:
         set_random_state(_random_state(found.folder, metadata, state), state.platform.device)
 
 
 @torch.no_grad()
-def _clear(models: Sequence[KVShareGPT], optimizer: MegatronOptimizer) -> None:
+def _clear(models: Sequence[KVShareGPT], optimizer: OptimizerState) -> None:
     """Vocabulary padding is in no stored tensor: it is zero, in the optimizer's fp32 copies too."""
     for model in models:
         for weight in model.parameters():
             weight.zero_()
-    reload_parameters(optimizer)
+    optimizer.follow_weights()
 
 
 def _as_stored(part: Part, names: Collection[str], take_optimizer: bool) -> Part:

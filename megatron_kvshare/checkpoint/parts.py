@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer
-from megatron_kvshare.megatron_api.optimizer_state import held_state
+from megatron_kvshare.megatron_api.optimizer_state import HeldState
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import Piece, parameter_pieces
@@ -35,6 +34,28 @@ class Part(NamedTuple):
     offset: tuple[int, ...]
     data: torch.Tensor
     ours: bool = True
+
+
+class OptimizerState(Protocol):
+    """What checkpoints ask of an optimizer, whichever it is."""
+
+    def held(self, weight: torch.nn.Parameter) -> HeldState | None:
+        """What this rank holds for one of its weights; None where other data-parallel ranks hold
+        it."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """How many the state has seen; 0 on a rank that holds none."""
+        ...
+
+    def set_updates(self, count: int) -> None:
+        """Continue counting at ``count``."""
+        ...
+
+    def follow_weights(self) -> None:
+        """Make fp32 copies of weights equal to these, which were loaded without them."""
+        ...
 
 
 class _Local(NamedTuple):
@@ -58,12 +79,12 @@ def weight_parts(models: Sequence[KVShareGPT], state: ParallelState) -> list[Par
 
 
 def optimizer_parts(
-    optimizer: MegatronOptimizer, models: Sequence[KVShareGPT], state: ParallelState
+    optimizer: OptimizerState, models: Sequence[KVShareGPT], state: ParallelState
 ) -> list[Part]:
     """The optimizer's state of these weights, as far as this rank holds it."""
     parts: list[Part] = []
     for local in _locals(models, state):
-        held = held_state(optimizer, local.weight)
+        held = optimizer.held(local.weight)
         if held is None:
             continue
         for kind, flat in held.tensors.items():

@@ -17,6 +17,7 @@ from megatron_kvshare.checkpoint.manifest import Manifest
 from megatron_kvshare.checkpoint.parts import (
     RANDOM_STATE,
     UPDATES,
+    OptimizerState,
     Part,
     optimizer_parts,
     single_parts,
@@ -26,8 +27,6 @@ from megatron_kvshare.checkpoint.random_state import random_state
 from megatron_kvshare.checkpoint.retention import KEEP_ALL, Keep, remove_superseded
 from megatron_kvshare.checkpoint.storage import write_parts
 from megatron_kvshare.errors import CheckpointError, Fault, OwnershipError
-from megatron_kvshare.megatron_api.optimizer import MegatronOptimizer
-from megatron_kvshare.megatron_api.optimizer_state import updates
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.ownership.aside import remove
@@ -51,7 +50,7 @@ def save_checkpoint(
     root: Path,
     manifest: Manifest,
     models: Sequence[KVShareGPT],
-    optimizer: MegatronOptimizer | None,
+    optimizer: OptimizerState | None,
     state: ParallelState,
 ) -> Path:
     """Save the weights of ``models``, this rank's pipeline stages, ``optimizer`` (None: leave it
@@ -67,13 +66,13 @@ def save_checkpoint(
 
 
 def content(
-    models: Sequence[KVShareGPT], optimizer: MegatronOptimizer | None, state: ParallelState
+    models: Sequence[KVShareGPT], optimizer: OptimizerState | None, state: ParallelState
 ) -> list[Part]:
     """What this rank writes into a checkpoint: views of the memory that training goes on with."""
     parts = weight_parts(models, state)
     if optimizer is not None:
         parts += optimizer_parts(optimizer, models, state)
-        count = torch.tensor([updates(optimizer)])
+        count = torch.tensor([optimizer.updates])
         parts += single_parts("", {UPDATES: count}, ours=state.is_first)
     generators = random_state(state.platform.device)
     parts += single_parts(f"{RANDOM_STATE}{state.rank}.", generators)

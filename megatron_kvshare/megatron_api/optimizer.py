@@ -138,12 +138,6 @@ def update_parameters(
         optimizer.step_with_ready_grads()
 
 
-def reload_parameters(optimizer: MegatronOptimizer) -> None:
-    """Make the optimizer's fp32 copies follow weights that were loaded without optimizer state."""
-    with cpu_mode():
-        optimizer.reload_model_params()
-
-
 @contextlib.contextmanager
 def gathered_parameters(models: Models) -> Iterator[None]:
     """Whole weights inside, to evaluate or save: with overlap they are gathered layer by layer."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -13,38 +13,44 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_kvshare.megatron_api.platform import cpu_mode
 
-ChunkStep = Callable[[Any, torch.nn.Module], tuple[torch.Tensor, torch.Tensor]]
-"""``(batch, chunk) -> (sum of token losses, number of tokens (int))`` on the last pipeline stage,
-``(payload, anything)`` on the others."""
-
-
 Shape = tuple[int, int, int]
 """Of a payload: ``[rows, b, width]``."""
 
 
+class ChunkOutput(NamedTuple):
+    """``tensor``: what a stage sends, or the sum of the token losses on the last one, which divides
+    it by its ``num_tokens`` (int, 0 on the others); ``sums``: anything to hand back."""
+
+    tensor: torch.Tensor
+    num_tokens: torch.Tensor
+    sums: Any
+
+
 def run_schedule(
     chunks: Sequence[torch.nn.Module],
-    models: Sequence[torch.nn.Module],
     batches: Iterator[Any],
-    chunk_step: ChunkStep,
+    *how: Any,
     num_microbatches: int,
     cuts: Sequence[tuple[Shape | None, Shape | None]] = (),
     forward_only: bool = False,
-) -> None:
-    """Run ``num_microbatches`` of ``batches`` through the ``chunks`` (stages) of this rank.
+) -> list[list[Any]]:
+    """Run ``num_microbatches`` of ``batches`` through the ``chunks`` (stages) of this rank, each by
+    ``chunk(batch, *how)``, which returns a :class:`ChunkOutput`; their ``sums`` come back, of every
+    chunk those of its microbatches in order.
 
-    ``models``: the data-parallel wrappers inside the chunks; ``cuts``: shapes of the payloads that
+    The ``module`` of a chunk is its data-parallel wrapper; ``cuts``: shapes of the payloads that
     each chunk receives and sends, None at the ends of the model. One stage runs alone, stages of
-    several ranks by the 1F1B schedule, several stages on each rank by the interleaved one. Each
-    chunk sees all microbatches in order.
+    several ranks by the 1F1B schedule, several stages on each rank by the interleaved one.
 
-    Unless ``forward_only``, the gradient buffers of ``models`` then hold the gradient of the mean
+    Unless ``forward_only``, the gradient buffers of the wrappers then hold the gradient of the mean
     loss per unmasked token of the **global** batch: sums of losses and numbers of tokens are added
     over microbatches and data-parallel ranks before dividing, so their split does not matter.
     """
+    models = [chunk.module for chunk in chunks]
+    sums: dict[torch.nn.Module, list[Any]] = {chunk: [] for chunk in chunks}
 
     def finalize(_: Any, *arguments: Any, **named: Any) -> None:
-        finalize_model_grads(list(models), *arguments, **named)
+        finalize_model_grads(models, *arguments, **named)
 
     config = _config_of(chunks[0])
     config.finalize_model_grads_func = finalize
@@ -57,8 +63,9 @@ def run_schedule(
         def forward_step(batches: Iterator[Any], chunk: torch.nn.Module) -> Any:
             # The schedules name "cuda" before the first microbatch only: leave the costly mode.
             naming_cuda.close()
-            output, num_tokens = chunk_step(next(batches), chunk)
-            return output, lambda output: (output, num_tokens, None)
+            output: ChunkOutput = chunk(next(batches), *how)
+            sums[chunk].append(output.sums)
+            return output.tensor, lambda tensor: (tensor, output.num_tokens, None)
 
         copies = itertools.tee(itertools.islice(batches, num_microbatches), len(chunks))
         get_forward_backward_func()(
@@ -69,6 +76,7 @@ def run_schedule(
             forward_only=forward_only,
             **_payload_sizes(config, cuts),
         )
+    return list(sums.values())
 
 
 def _payload_sizes(

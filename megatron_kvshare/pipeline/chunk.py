@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
 
+from megatron_kvshare.data.train_data import Batch
+from megatron_kvshare.megatron_api.schedule import ChunkOutput
 from megatron_kvshare.model.gpt import ModelOutput
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.pipeline.payload import PayloadFormat
+from megatron_kvshare.pipeline.runner import Pass, Sums, token_sums
 from megatron_kvshare.sharing.placement import PayloadShape, Placement, Stage, boundary_widths
 
 
@@ -43,17 +45,31 @@ class StageChunk(nn.Module):
         """The schedule hands over what the stage below sent, right before :meth:`forward`."""
         (self._payload,) = tensors
 
-    def forward(self, *batch: Any, **how: Any) -> tuple[ModelOutput, torch.Tensor | None]:
-        """What the model stage returns, and the payload to send."""
+    def forward(self, batch: Batch, how: Pass) -> ChunkOutput:
+        """What to send to the stage above, or on the last one the sum of the token losses."""
         payload, self._payload = self._payload, None
+        entering = None
         if self.entering is not None:
             assert payload is not None, "the stage below sent nothing"
-            how["entering"] = self.entering.unpack(payload)
-        output: ModelOutput = self.module(*batch, **how)
-        if self.leaving is None:
-            return output, None
-        assert output.leaving is not None, "only the last stage keeps its output"
-        return output, self.leaving.pack(output.leaving)
+            entering = self.entering.unpack(payload)
+        output: ModelOutput = self.module(
+            batch.tokens,
+            batch.labels,
+            batch.position_ids,
+            batch.document_ids,
+            measure_residual=how.measure_residual,
+            plan=how.plan,
+            entering=entering,
+        )
+        if self.leaving is not None:
+            assert output.leaving is not None, "only the last stage keeps its output"
+            packed = self.leaving.pack(output.leaving)
+            nothing = packed.new_zeros((), dtype=torch.float64)
+            return ChunkOutput(packed, nothing.int(), Sums(nothing, nothing, output.residuals))
+        assert output.value is not None, "the last stage has the loss"
+        losses, num_tokens = token_sums(batch, output.value)
+        sums = Sums(losses.detach().double().sum(), num_tokens.double(), output.residuals)
+        return ChunkOutput(losses.sum(), num_tokens.int(), sums)
 
 
 def stage_formats(

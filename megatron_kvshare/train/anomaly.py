@@ -15,20 +15,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import NamedTuple
-
-import torch
-import torch.distributed as dist
 
 from megatron_kvshare.checkpoint.manifest import Alarm, Health, Progress
 from megatron_kvshare.config import TrainConfig
 from megatron_kvshare.errors import DivergenceError, Fault, TrainingError
-from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.solver import with_more_sweeps
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.train.agreement import warn
 from megatron_kvshare.train.run import Run, StepResult
 from megatron_kvshare.train.sinks import append_line
-from megatron_kvshare.train.together import warn
 
 WINDOW = 100
 """Losses and gradient norms that are remembered: what a new one is compared with."""
@@ -45,24 +40,6 @@ LOSS_STEPS, LOSS_RISE = 20, 0.5
 """The mean loss of the last steps is not above that of the first ones by more."""
 FRESH_STEPS, FRESH_MARGIN = 5, 1.0
 """New weights begin near log(vocabulary): a mean above it by more has learned something wrong."""
-
-
-class Votes(NamedTuple):
-    """``finite``: on every rank; ``stop``: the largest wish of any rank, 0 to go on."""
-
-    finite: bool
-    stop: int
-
-
-def vote(values: tuple[float, ...], stop: int, state: ParallelState) -> Votes:
-    """Whether ``values`` are finite and whether to stop after this step, by one collective."""
-    finite = all(map(math.isfinite, values))
-    if state.world_size == 1:
-        return Votes(finite, stop)
-    ballot = torch.tensor([int(not finite), stop], device=state.platform.device)
-    dist.all_reduce(ballot, op=dist.ReduceOp.MAX)
-    broken, wish = ballot.tolist()
-    return Votes(not broken, wish)
 
 
 def loss_limit(train: TrainConfig, health: Health) -> float:

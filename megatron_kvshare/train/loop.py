@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from megatron_kvshare.checkpoint.manifest import Alarm
 from megatron_kvshare.sharing.solver import with_more_sweeps
+from megatron_kvshare.train.agreement import LOST, StopWish, reason, together, warn
 from megatron_kvshare.train.anomaly import (
     after_step,
     check_has_not_diverged,
@@ -15,12 +16,11 @@ from megatron_kvshare.train.anomaly import (
     loss_limit,
     write_down,
 )
+from megatron_kvshare.train.evaluation import evaluate
 from megatron_kvshare.train.metrics import Metrics, residual_fields
 from megatron_kvshare.train.run import Orders, Run, StepResult
 from megatron_kvshare.train.saving import save, settle
-from megatron_kvshare.train.step import evaluate, train_step
-from megatron_kvshare.train.stopping import LOST, StopWish, reason
-from megatron_kvshare.train.together import together, warn
+from megatron_kvshare.train.step import train_step
 
 
 def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:

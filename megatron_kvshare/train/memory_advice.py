@@ -15,8 +15,8 @@ from megatron_kvshare.sharing.memory import TrainingMemory
 from megatron_kvshare.sharing.solver import DEFAULT_RECIPE
 from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.spec.run_plan import RunPlan
-from megatron_kvshare.train.pulse import BUILDING, LOADING, SAVING, SETTING_UP, VALIDATION
 from megatron_kvshare.train.report import mib
+from megatron_kvshare.train.watchdog import BUILDING, LOADING, SAVING, SETTING_UP, VALIDATION
 
 _EXPANDABLE = "expandable_segments:True"
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

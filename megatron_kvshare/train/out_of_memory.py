@@ -18,8 +18,8 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.memory_advice import Job, advice
 from megatron_kvshare.train.notes import Notes
-from megatron_kvshare.train.pulse import Pulse
 from megatron_kvshare.train.report import by_part, mib
+from megatron_kvshare.train.watchdog import Pulse
 
 T = TypeVar("T")
 

@@ -13,8 +13,7 @@ from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.output import PASSING
 from megatron_kvshare.ownership.owner import Ownership, Place, file_place, folder_place, take
-from megatron_kvshare.train.stopping import StopWish
-from megatron_kvshare.train.together import together, warn
+from megatron_kvshare.train.agreement import StopWish, together, warn
 
 _METRICS = "--metrics-file"
 

@@ -11,18 +11,16 @@ from megatron_kvshare.ownership.owner import HEARTBEAT
 from megatron_kvshare.sharing.cost import train_flops_per_token
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import report
+from megatron_kvshare.train.agreement import StopWish, stop_wish, together
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics, measured_peak_tflops
 from megatron_kvshare.train.out_of_memory import within_memory
 from megatron_kvshare.train.owning import Owner, owning
-from megatron_kvshare.train.pulse import Pulse
 from megatron_kvshare.train.report import Typed
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.sinks import open_sinks
-from megatron_kvshare.train.stopping import StopWish, stop_wish
-from megatron_kvshare.train.together import together
-from megatron_kvshare.train.watchdog import watched
+from megatron_kvshare.train.watchdog import Pulse, watched
 
 
 def pretrain(
@@ -78,7 +76,7 @@ def _metrics(run: Run) -> Metrics:
     if state.is_first:
         sinks = open_sinks(config, run.progress.step, run.tracking, run.owner)
         peak = config.log.peak_tflops or measured_peak_tflops(
-            state.platform.device, next(run.models[0].parameters()).dtype
+            state.platform.device, run.engine.stages[0].config.params_dtype
         )
     flops = train_flops_per_token(run.spec.shape, run.plan) / state.world_size
     return Metrics(sinks, config.train.train_iters, flops, peak)

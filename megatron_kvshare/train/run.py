@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,19 +11,13 @@ from megatron_kvshare.checkpoint.manifest import Progress
 from megatron_kvshare.checkpoint.saver import Saver
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.data.train_data import TrainData
-from megatron_kvshare.megatron_api.optimizer import (
-    MegatronOptimizer,
-    Models,
-    OptimizerParamScheduler,
-)
+from megatron_kvshare.engines.engine import Engine
 from megatron_kvshare.megatron_api.parallel import ParallelState
-from megatron_kvshare.pipeline.chunk import StageChunk
-from megatron_kvshare.pipeline.spanning import SpanningPipeline
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.owning import Owner
-from megatron_kvshare.train.pulse import Pulse
+from megatron_kvshare.train.watchdog import Pulse
 
 Bad = Literal["", "nan", "spike"]
 """Why a step did not change the weights; empty: it did."""
@@ -61,22 +54,17 @@ class Run:
     """Built by :mod:`megatron_kvshare.train.setup` from what was ``planned``; the loop moves
     ``progress``, ``saved`` (the newest checkpoint) and ``failed_saves`` (in a row).
 
-    ``models``: the pipeline stages of this rank (one, unless there are virtual stages);
-    ``chunks``: the same as the schedules run them; ``spanning`` runs them instead where cyclic
-    groups span stages. ``continued``: the checkpoint this run goes on from. ``tracking``: as in the
-    manifest. ``pulse``: what this rank is doing. ``owner``: of what the run writes to.
-    ``stopped_by``: what ended the loop before ``train_iters``, empty where nothing did.
+    ``engine``: trains the pipeline stages of this rank. ``continued``: the checkpoint this run goes
+    on from. ``tracking``: as in the manifest. ``pulse``: what this rank is doing. ``owner``: of
+    what the run writes to. ``stopped_by``: what ended the loop before ``train_iters``,
+    empty where nothing did.
     """
 
     planned: RunPlan
     spec: ModelSpec
     state: ParallelState
     data: TrainData
-    models: Models
-    chunks: Sequence[StageChunk]
-    spanning: SpanningPipeline | None
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    engine: Engine
     progress: Progress
     owner: Owner = field(default_factory=Owner)
     saver: Saver | None = None

@@ -10,13 +10,12 @@ import torch
 
 from megatron_kvshare import __version__
 from megatron_kvshare.checkpoint.manifest import Manifest
-from megatron_kvshare.checkpoint.save import Written, content
+from megatron_kvshare.checkpoint.save import Written
 from megatron_kvshare.config.describe import as_dict
 from megatron_kvshare.errors import CheckpointError, OwnershipError
-from megatron_kvshare.megatron_api.optimizer import gathered_parameters
-from megatron_kvshare.train.pulse import SAVING
+from megatron_kvshare.train.agreement import together, warn
 from megatron_kvshare.train.run import Run
-from megatron_kvshare.train.together import together, warn
+from megatron_kvshare.train.watchdog import SAVING
 
 _TOLERATED = 1
 """Saves in a row that may fail: a file system may have a bad moment, but not for ever."""
@@ -37,10 +36,8 @@ def save(run: Run, last: bool = False, remove_older: bool = True) -> None:
     assert run.saver is not None
     settle(run, wait=True, last=last)
     with _failures(run, last):
-        with gathered_parameters(run.models):
-            models = [model.module for model in run.models]
-            optimizer = None if run.config.checkpoint.no_save_optim else run.optimizer
-            parts = content(models, optimizer, run.state)
+        with run.engine.whole_weights():
+            parts = run.engine.state_shards(not run.config.checkpoint.no_save_optim)
             written = run.saver.save(_manifest(run), parts, remove_older)
         _note(run, written)
     if last:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,7 +10,6 @@ from megatron_kvshare.checkpoint.load import (
     Found,
     chosen,
     find_checkpoint,
-    load_checkpoint,
     newest_sound,
 )
 from megatron_kvshare.checkpoint.manifest import Health, Progress, check_data
@@ -20,27 +18,19 @@ from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.data import train_data
 from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
+from megatron_kvshare.engines.build import build_engine
 from megatron_kvshare.errors import CheckpointError, Fault
-from megatron_kvshare.megatron_api.optimizer import (
-    Models,
-    build_optimizer,
-    build_scheduler,
-    wrap_stages,
-)
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
-from megatron_kvshare.model.gpt import KVShareGPT, build_stages
+from megatron_kvshare.model.gpt import build_stages
 from megatron_kvshare.model.parameters import initialize
-from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
-from megatron_kvshare.pipeline.spanning import SpanningPipeline
-from megatron_kvshare.sharing.placement import PayloadShape, Placement
 from megatron_kvshare.sharing.solver import Recipe
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.train.agreement import together, warn
 from megatron_kvshare.train.learning_rate import schedule_change
 from megatron_kvshare.train.owning import Owner
-from megatron_kvshare.train.pulse import BUILDING, LOADING, Pulse
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.sinks import promised_checkpoints
-from megatron_kvshare.train.together import together, warn
+from megatron_kvshare.train.watchdog import BUILDING, LOADING, Pulse
 
 
 def data_request(planned: RunPlan, vocabulary: Vocabulary) -> DataRequest:
@@ -81,28 +71,23 @@ def prepare(
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
     warn(state, *_schedule_changes(config, found))
     pulse.beat(BUILDING)
-    cut, payload = planned.placement, planned.payload(spec)
-    stages = cut.stages_of(state.pp_rank)
-    models = build_stages(spec, config.parallel, planned.plan, stages, state)
+    stages = build_stages(
+        spec, config.parallel, planned.plan, planned.placement.stages_of(state.pp_rank), state
+    )
     if found is None:
-        for model in models:
-            initialize(model, config.train.seed)
-    wrapped = wrap_stages(models, config.parallel)
-    optimizer = build_optimizer(wrapped, config.train, config.parallel, config.model.bf16)
+        for stage in stages:
+            initialize(stage, config.train.seed)
+    engine = build_engine(planned, stages, state)
     if found is not None:
         pulse.beat(LOADING)
         with together(state):
-            load_checkpoint(found, models, optimizer, state)
+            engine.load(found)
     return Run(
         planned=planned,
         spec=spec,
         state=state,
         data=data,
-        models=wrapped,
-        chunks=_chunks(wrapped, models, cut, payload),
-        spanning=SpanningPipeline(cut, models, state, payload) if cut.spanning_groups else None,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.train),
+        engine=engine,
         progress=Progress(health=Health(fresh=True)) if found is None else found.progress,
         pulse=pulse,
         owner=owner,
@@ -153,13 +138,3 @@ def _open_data(
         dp_size=state.dp_size,
     )
     return train_data.build(config.data, data_request(planned, vocabulary), share)
-
-
-def _chunks(
-    wrapped: Models, models: Sequence[KVShareGPT], cut: Placement, payload: PayloadShape
-) -> list[StageChunk]:
-    """The stages as schedules run them."""
-    return [
-        StageChunk(each, *stage_formats(cut, model.stage, payload, model.heads))
-        for each, model in zip(wrapped, models, strict=True)
-    ]

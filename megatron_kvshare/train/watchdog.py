@@ -26,7 +26,30 @@ from megatron_kvshare.errors import EXIT_LOST, Fault, LostError, runs
 from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
 from megatron_kvshare.output import complain
-from megatron_kvshare.train.pulse import Pulse
+
+SETTING_UP, BUILDING, LOADING = "setting up", "building the model", "loading the checkpoint"
+VALIDATION, SAVING = "validation", "saving"
+"""What a rank does apart from training, in messages; advice about memory depends on it."""
+
+
+class Doing(NamedTuple):
+    """``what`` began in ``step`` at ``since`` (monotonic seconds)."""
+
+    step: int
+    what: str
+    since: float
+
+
+class Pulse:
+    """Written by the main thread, read by another."""
+
+    def __init__(self) -> None:
+        self.now = Doing(0, SETTING_UP, time.monotonic())
+
+    def beat(self, what: str, step: int | None = None) -> None:
+        """Something new begins, in the same step unless it says so."""
+        self.now = Doing(self.now.step if step is None else step, what, time.monotonic())
+
 
 STORE_PATIENCE = 5.0
 """Seconds after which a store that does not answer counts as gone."""

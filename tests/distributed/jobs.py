@@ -5,7 +5,7 @@ Everything goes through the product's own path: configuration, `prepare`, data, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,10 +29,11 @@ from megatron_kvshare.pipeline.payload import PayloadFormat
 from megatron_kvshare.pipeline.transport import Transport
 from megatron_kvshare.sharing.messages import Message
 from megatron_kvshare.spec.run_plan import RunPlan
-from megatron_kvshare.train import step
+from megatron_kvshare.train import evaluation
+from megatron_kvshare.train.evaluation import Evaluation
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
-from megatron_kvshare.train.step import Evaluation, train_step
+from megatron_kvshare.train.step import train_step
 from tests.distributed.world import Layout
 
 
@@ -123,7 +124,10 @@ def finished_gradients(run: Run) -> dict[str, Tensor]:
     """Gradients of the global batch; the distributed optimizer leaves each rank a part of them."""
     if run.config.parallel.use_distributed_optimizer:
         buckets = [
-            bucket for model in run.models for buffer in model.buffers for bucket in buffer.buckets
+            bucket
+            for model in run.engine.models
+            for buffer in model.buffers
+            for bucket in buffer.buckets
         ]
         for bucket in buckets:
             parts = list(bucket.grad_data.chunk(run.state.dp_size))
@@ -135,8 +139,8 @@ def finished_gradients(run: Run) -> dict[str, Tensor]:
     }
 
 
-def stages(run: Run) -> list[KVShareGPT]:
-    return [model.module for model in run.models]
+def stages(run: Run) -> Sequence[KVShareGPT]:
+    return run.engine.stages
 
 
 def train_without_one_consumer(
@@ -167,7 +171,7 @@ def without_gradient(source: Callable, consumer: int) -> Callable:
 
 def evaluate(state: ParallelState, layout: Layout, case: Case) -> Evaluation:
     """Validation loss, its gap to exact and the residuals of freshly initialised weights."""
-    return step.evaluate(prepare(case.planned(layout), state))
+    return evaluation.evaluate(prepare(case.planned(layout), state))
 
 
 def payload_bytes(state: ParallelState, layout: Layout, case: Case) -> dict[int, int]:
@@ -175,7 +179,8 @@ def payload_bytes(state: ParallelState, layout: Layout, case: Case) -> dict[int,
     run = prepare(case.planned(layout), state)
     sent: dict[int, int] = {}
     plain_pack, plain_send = PayloadFormat.pack, Transport.send
-    above = {id(chunk.leaving): chunk.module.module.stage.number for chunk in run.chunks}
+    chunks = getattr(run.engine.runner, "chunks", ())
+    above = {id(chunk.leaving): chunk.module.module.stage.number for chunk in chunks}
 
     def pack(self: PayloadFormat, *arguments: Any) -> Tensor:
         payload = plain_pack(self, *arguments)

@@ -77,7 +77,7 @@ def export_of(state: ParallelState, kind: str, root: Path) -> Export:
         dtype=torch.bfloat16,
         attn_implementation="sdpa",
     )
-    native = run.models[0].module.eval()
+    native = run.engine.stages[0].eval()
     device = state.platform.device
     return Export(native, by_transformers.to(device).eval(), load_model(root / "native"))
 

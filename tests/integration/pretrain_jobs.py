@@ -23,6 +23,7 @@ from megatron_kvshare.errors import KVShareError
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT, ModelOutput
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.train.agreement import StopWish
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.pretrain import pretrain
@@ -30,7 +31,6 @@ from megatron_kvshare.train.report import Typed
 from megatron_kvshare.train.saving import save
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.sinks import Record
-from megatron_kvshare.train.stopping import StopWish
 from tests.distributed.world import Layout
 
 SMALL = shlex.split(

@@ -15,11 +15,11 @@ from typing import Any
 from megatron_kvshare.checkpoint import save as saving
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.train.agreement import StopWish
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.sinks import Record
-from megatron_kvshare.train.stopping import StopWish
 from tests.distributed.world import PATIENCE_SECONDS, Layout
 from tests.integration.pretrain_jobs import Log, Outcome, config_of, run_pretrain
 

@@ -26,13 +26,14 @@ LEVELS = {
     "megatron_api": 2,
     "model": 3,
     "pipeline": 4,
-    "data": 4,
+    "data": 3,
     "checkpoint": 4,
-    "train": 5,
-    "huggingface": 5,
-    "inference": 6,
-    "cli": 7,
-    "__main__": 8,
+    "engines": 5,
+    "train": 6,
+    "huggingface": 6,
+    "inference": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 ALLOWED_SIBLINGS = {("config", "sharing")}
 """Configuration is validated with the map it names."""

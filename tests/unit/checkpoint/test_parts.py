@@ -10,6 +10,7 @@ import torch
 from megatron_kvshare.checkpoint.parts import optimizer_parts, rectangles, weight_parts
 from megatron_kvshare.config import ParallelConfig, TrainConfig
 from megatron_kvshare.megatron_api.optimizer import build_optimizer, wrap_data_parallel
+from megatron_kvshare.megatron_api.optimizer_state import MegatronOptimizerState
 from megatron_kvshare.sharing.patterns import build_map
 from tests.product import Tiny
 
@@ -43,7 +44,7 @@ def test_parts_are_views_of_what_trains(single, distributed, bf16):
     wrapped = wrap_data_parallel(model, layout)
     optimizer = build_optimizer([wrapped], TrainConfig(), layout, bf16)
     weights = weight_parts([model], single)
-    moments = optimizer_parts(optimizer, [model], single)
+    moments = optimizer_parts(MegatronOptimizerState(optimizer), [model], single)
     kinds = ["exp_avg", "exp_avg_sq"] + ["fp32_param"] * bf16
     expected = {f"optimizer.state.{kind}.{part.name}" for part in weights for kind in kinds}
     assert {part.name for part in moments} == expected

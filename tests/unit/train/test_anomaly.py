@@ -13,6 +13,7 @@ from megatron_kvshare.checkpoint.manifest import Alarm, Health, Progress
 from megatron_kvshare.config import ModelConfig, PretrainConfig, SharingConfig, TrainConfig
 from megatron_kvshare.errors import EXIT_DIVERGED, DivergenceError
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.train.agreement import vote
 from megatron_kvshare.train.anomaly import (
     WINDOW,
     after_step,
@@ -20,7 +21,6 @@ from megatron_kvshare.train.anomaly import (
     divergence_text,
     fatal,
     loss_limit,
-    vote,
 )
 from megatron_kvshare.train.run import StepResult
 

@@ -16,8 +16,8 @@ from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.memory_advice import Job, advice
 from megatron_kvshare.train.out_of_memory import within_memory
-from megatron_kvshare.train.pulse import BUILDING, VALIDATION, Pulse
 from megatron_kvshare.train.report import mib
+from megatron_kvshare.train.watchdog import BUILDING, VALIDATION, Pulse
 from tests.integration.short_of_memory import CUDA
 
 NCCL = (

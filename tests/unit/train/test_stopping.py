@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from megatron_kvshare.train.stopping import CLOCK, reason, stop_wish
+from megatron_kvshare.train.agreement import CLOCK, reason, stop_wish
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

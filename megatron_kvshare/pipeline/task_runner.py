@@ -1,20 +1,26 @@
-"""Forward and backward of a global batch where cyclic groups span pipeline stages (L4)."""
+"""Forward and backward of a global batch where cyclic groups span pipeline stages (L4): the tasks
+of their sweeps go round the pipeline."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from megatron_kvshare.data.train_data import Batch
 from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.megatron_api.optimizer import Models
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.megatron_api.schedule import finalize_gradients
 from megatron_kvshare.model.block import plan_residuals
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.pipeline.executor import Shapes, StageExecutor
+from megatron_kvshare.pipeline.runner import Pass, Sums, token_sums
 from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput
 from megatron_kvshare.pipeline.transport import Transport
 from megatron_kvshare.sharing.messages import Message, MessagePlan
@@ -25,26 +31,25 @@ from megatron_kvshare.sharing.task_cost import task_graph
 from megatron_kvshare.sharing.tasks import Key, Kind, Task
 from megatron_kvshare.sharing.traffic import tokens_of
 
-LossOf = Callable[[Any, torch.Tensor], tuple[torch.Tensor, Any]]
-"""Batch and loss per token ``[b, s]`` -> the sum that is differentiated, anything to return."""
 
-
-class Ran(NamedTuple):
-    """Of one microbatch: what ``loss_of`` returned beside the loss, on the last stage, and the
-    residuals as far as they arose on this rank."""
-
-    result: Any
-    residuals: torch.Tensor | None
+class _Taken(NamedTuple):
+    batch: Batch
+    microbatch: Microbatch
 
 
 @dataclass
-class SpanningPipeline:
-    """The stages of one rank, and the schedules that it has made so far, by plan and length."""
+class TaskRunner:
+    """The :class:`~megatron_kvshare.pipeline.runner.BatchRunner` of groups that span stages.
+
+    ``models``: this rank's stages, wrapped for data parallelism; one order of tasks is made for a
+    global batch of ``num_microbatches``; ``schedules``: those made so far, by plan and length.
+    """
 
     placement: Placement
-    models: Sequence[KVShareGPT]
+    models: Models
     state: ParallelState
     payload: PayloadShape
+    num_microbatches: int
     schedules: dict[tuple[Any, ...], MessagePlan] = field(default_factory=dict)
 
     def message_plan(
@@ -74,37 +79,35 @@ class SpanningPipeline:
             fix = "install the same version of megatron_kvshare on every node"
             raise ConfigError(Fault("pipeline ranks", everyone, rule, fix))
 
-    def run(
-        self,
-        plan: ExecutionPlan,
-        batches: Iterator[Any],
-        microbatches: int,
-        loss_of: LossOf,
-        measure: bool = False,
-        forward_only: bool = False,
-    ) -> list[Ran]:
-        """Run all microbatches.
+    @cached_property
+    def stages(self) -> list[KVShareGPT]:
+        return [model.module for model in self.models]
 
-        Gradients are added to the weights' buffers; nothing is reduced over ranks.
-        """
-        messages = self.message_plan(plan, microbatches, forward_only)
+    def run(self, batches: Iterator[Batch], count: int, how: Pass) -> Sums:
+        sums: list[Sums] = []
+        while len(sums) < count:  # one order for each global batch, evaluations have many
+            sums += self._run_some(batches, min(self.num_microbatches, count - len(sums)), how)
+        of_all = Sums.stack(sums)
+        if not how.forward_only:
+            finalize_gradients(self.models, of_all.num_tokens.sum().int())
+        return of_all
+
+    def _run_some(self, batches: Iterator[Batch], count: int, how: Pass) -> list[Sums]:
+        """Gradients are added to the weights' buffers; nothing is reduced over ranks."""
+        messages = self.message_plan(how.plan, count, how.forward_only)
         tasks = messages.graph.tasks
         shapes = {key: self._shapes(task, key) for task in tasks for key in task.makes}
         executor = StageExecutor(
             messages,
-            {model.stage.number: model for model in self.models},
+            {stage.stage.number: stage for stage in self.stages},
             Transport(messages, self.state.pp_group, self._buffer(messages, shapes)),
             shapes,
-            self.models[0].heads,
-            measure,
+            self.stages[0].heads,
+            how.measure_residual,
         )
-        taken: list[tuple[Any, Microbatch]] = []
+        taken: list[_Taken] = []
         losses: dict[int, torch.Tensor] = {}
-        results: dict[int, Any] = {}
-        residuals = [
-            plan_residuals(plan, self.state.platform.device) if measure else None
-            for _ in range(microbatches)
-        ]
+        sums = [self._nothing(how) for _ in range(count)]
         for action in messages.order[self.state.pp_rank]:
             number = action.microbatch
             while len(taken) <= number:
@@ -112,21 +115,29 @@ class SpanningPipeline:
             if not action.forward:
                 executor.backward(action, losses.pop(number, None))
                 continue
-            batch, microbatch = taken[number]
-            output = executor.forward(action, microbatch)
+            output = executor.forward(action, taken[number].microbatch)
             if output.loss is not None:
-                losses[number], results[number] = loss_of(batch, output.loss)
-            _add_residuals(residuals[number], plan, tasks[action.task], output)
+                counted, num_tokens = token_sums(taken[number].batch, output.loss)
+                losses[number] = counted.sum()
+                loss_sum = counted.detach().double().sum()
+                sums[number] = sums[number]._replace(loss=loss_sum, num_tokens=num_tokens.double())
+            _add_residuals(sums[number].residuals, how.plan, tasks[action.task], output)
         executor.transport.finish()
-        return [Ran(results.get(number), moved) for number, moved in enumerate(residuals)]
+        return sums
 
-    def _microbatch(self, batch: Any) -> tuple[Any, Microbatch]:
-        contexts = self.models[0].contexts(batch.tokens, batch.position_ids, batch.document_ids)
-        return batch, Microbatch(batch.tokens, batch.labels, contexts)
+    def _nothing(self, how: Pass) -> Sums:
+        device = self.state.platform.device
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        rows = plan_residuals(how.plan, device) if how.measure_residual else None
+        return Sums(nothing, nothing, rows)
+
+    def _microbatch(self, batch: Batch) -> _Taken:
+        contexts = self.stages[0].contexts(batch.tokens, batch.position_ids, batch.document_ids)
+        return _Taken(batch, Microbatch(batch.tokens, batch.labels, contexts))
 
     def _shapes(self, task: Task, key: Key) -> Shapes:
         """Of the tensors of a value on its way from this rank."""
-        heads, sequences = self.models[0].heads, self.payload.sequences
+        heads, sequences = self.stages[0].heads, self.payload.sequences
         tokens = tokens_of(task, key, self.payload)
         if key.is_kv:
             width = heads.local_kv_width
@@ -137,7 +148,7 @@ class SpanningPipeline:
     def _buffer(
         self, messages: MessagePlan, shapes: Mapping[Key, Shapes]
     ) -> Callable[[Message], torch.Tensor]:
-        dtype, device = self.models[0].config.params_dtype, self.state.platform.device
+        dtype, device = self.stages[0].config.params_dtype, self.state.platform.device
 
         def buffer(message: Message) -> torch.Tensor:
             parts = (shape for key in messages.keys(message) for shape in shapes[key])

@@ -1,0 +1,1 @@
+"""Engines: what trains the stages of a rank, behind one protocol."""
