@@ -92,7 +92,6 @@ def _to_hf(argv: Sequence[str]) -> int:
     config = parse(ToHuggingFaceConfig, argv, command)
     from megatron_kvshare.checkpoint.stored import open_checkpoint
     from megatron_kvshare.huggingface.export import ExportJob, export
-    from megatron_kvshare.huggingface.verify import verify
     from megatron_kvshare.megatron_api import parallel
 
     stored = open_checkpoint(Path(config.load))
@@ -106,7 +105,7 @@ def _to_hf(argv: Sequence[str]) -> int:
         max_shard_bytes=round(config.max_shard_gb * 1e9),
     )
     with parallel.alone() as state:
-        export(stored, job, lambda folder: _say(verify(stored, folder, state)), _progress())
+        _say(export(stored, job, state, _progress()))
     print(f"wrote {config.save}: {stored.folder} as a Hugging Face model")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -157,12 +158,15 @@ def _tasks(config: EvaluateConfig) -> list[dict[str, Any]]:
         return run_tasks(job)
     from megatron_kvshare.checkpoint.stored import open_checkpoint
     from megatron_kvshare.huggingface.export import ExportJob, export
+    from megatron_kvshare.megatron_api import parallel
 
     stored = open_checkpoint(Path(config.load or ""))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         trust = config.trust_remote_code
-        export(stored, ExportJob(save=folder, trust_remote_code=trust), lambda _: None)
+        with parallel.alone() as state:
+            proven = export(stored, ExportJob(save=folder, trust_remote_code=trust), state)
+        print(f"proven: {proven}", file=sys.stderr)
         return run_tasks(replace(job, folder=folder))
 
 

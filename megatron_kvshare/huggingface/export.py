@@ -20,6 +20,8 @@ from megatron_kvshare.huggingface.own_code import CODE, HERE
 from megatron_kvshare.huggingface.settings import is_plain_llama, to_config
 from megatron_kvshare.huggingface.tokenizer import write_tokenizer
 from megatron_kvshare.huggingface.tokenizer_proof import prove_tokenizer
+from megatron_kvshare.huggingface.verify import Verified, verify
+from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.ownership.aside import aside, remove, remove_leftovers
 from megatron_kvshare.ownership.owner import file_place, owned
 
@@ -39,19 +41,20 @@ class ExportJob:
 def export(
     stored: StoredModel,
     job: ExportJob,
-    prove: Callable[[Path], None],
+    state: ParallelState,
     done: Callable[[int, int], None] = lambda written, of: None,
-) -> None:
-    """Write the folder ``job.save``. ``prove`` gets the finished folder before it has its name,
-    and raises if the model in it is another.
+) -> Verified:
+    """Write the folder ``job.save``. It gets its name only once :func:`verify` has found in it the
+    model of the checkpoint; what that compared is returned.
 
     Raises:
-        CheckpointError: the folder is in the way, the tokenizer is not that of the training, ...
+        CheckpointError: the folder is in the way, the tokenizer is not that of the training, the
+            model in the folder is another, ...
     """
     tokenizer = _tokenizer(stored, job)
     with written_aside(job.save) as partial:
         _write(stored, job, tokenizer, partial, done)
-        prove(partial)
+        return verify(stored, partial, state)
 
 
 @contextlib.contextmanager

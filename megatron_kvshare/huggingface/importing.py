@@ -40,7 +40,6 @@ from megatron_kvshare.huggingface.verify import (
     compare,
     runs_here,
     same_logits,
-    verify,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.spec.model_spec import ModelSpec
@@ -177,8 +176,6 @@ def _prove(
         return compare(stored, found.folder, state)
     if runs:
         same_logits(found.spec, found.weights, found.folder, found.config, state)
-    results: list[Verified] = []
     with tempfile.TemporaryDirectory(dir=job.save.parent) as scratch:
         again = ExportJob(save=Path(scratch) / "again", without_tokenizer=True)
-        export(stored, again, lambda folder: results.append(verify(stored, folder, state)))
-    return results[0]
+        return export(stored, again, state)

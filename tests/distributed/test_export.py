@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from megatron_kvshare.checkpoint.stored import open_checkpoint
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.huggingface.export import ExportJob, export
-from megatron_kvshare.huggingface.verify import verify
 from megatron_kvshare.model.parameters import gather_by_name
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import saving, setup
@@ -51,7 +50,7 @@ def exported(root: Path, single) -> dict[str, bytes]:
     """The weight files of an export, proven."""
     stored, target = open_checkpoint(root / "checkpoint"), root / "hf"
     job = ExportJob(save=target, max_shard_bytes=100_000)
-    export(stored, job, lambda folder: verify(stored, folder, single) and None)
+    assert export(stored, job, single).difference is not None
     return {path.name: path.read_bytes() for path in target.glob("model*")}
 
 

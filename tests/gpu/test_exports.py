@@ -70,7 +70,7 @@ def export_of(state: ParallelState, kind: str, root: Path) -> Export:
         train_step(run, batches, step)
     save(run, last=True)
     job = ExportJob(save=root / "export", without_tokenizer=True)
-    export(open_checkpoint(root / "native"), job, prove=lambda folder: None)
+    export(open_checkpoint(root / "native"), job, state)
     by_transformers = AutoModelForCausalLM.from_pretrained(
         root / "export",
         trust_remote_code=True,

@@ -9,8 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_kvshare.checkpoint.stored import open_checkpoint
 from megatron_kvshare.cli.main import main
+from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.huggingface import verify
+from megatron_kvshare.huggingface.export import ExportJob, export
+from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.sharing.patterns import build_map
 from tests.huggingface import write_folder
 
@@ -66,3 +70,22 @@ def test_no_model_may_be_further_off(
 ) -> None:
     others_are_off_by(monkeypatch, 2e-3)
     assert "fp32 logits may differ by" in imported(SENSITIVE)
+
+
+def test_an_export_that_is_damaged_gets_no_name(
+    imported: Callable[[float], str], tmp_path: Path, single: ParallelState
+) -> None:
+    """Whoever asks for it: one byte turned after the weights are written, before the proof."""
+    imported(PLAIN)
+    target = tmp_path / "again"
+
+    def damage(written: int, of: int) -> None:
+        (file,) = tmp_path.glob("*again*/model.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    stored = open_checkpoint(tmp_path / "native")
+    with pytest.raises(CheckpointError, match="1 tensors are not those of the checkpoint"):
+        export(stored, ExportJob(save=target, without_tokenizer=True), single, damage)
+    assert not target.exists() and not [*tmp_path.glob("*again*/*")]
