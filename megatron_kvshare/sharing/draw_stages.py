@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_kvshare.sharing import cost
 from megatron_kvshare.sharing.layout import LAYOUT_FLAG, layout_text, proposed_layout, slowest_stage
 from megatron_kvshare.sharing.placement import PayloadShape, Placement, Stage
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.traffic import (
-    FLOPS_PER_BYTE,
-    bytes_sent,
-    cut_traffic,
-    layer_work,
-)
+from megatron_kvshare.sharing.traffic import FLOPS_PER_BYTE, bytes_sent, cut_traffic
 from megatron_kvshare.sharing.weights import stage_parameters
+from megatron_kvshare.sharing.work import training_flops_by_layer
 
 _TITLES = (
     *("stage", "rank", "layers", "makes KV", "receives", "forwards", "parameters", "work"),
@@ -40,16 +35,10 @@ def stage_lines(plan: ExecutionPlan, placement: Placement, payload: PayloadShape
     return [*_aligned([_TITLES, *rows]), *_notes(plan, placement, payload)]
 
 
-def stage_work(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[float]:
-    """Training FLOPs per token of every stage, the head with the last."""
-    layers = _work_with_head(plan, payload)
+def stage_work(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[int]:
+    """Training FLOPs of a sequence in every stage, the head with the last."""
+    layers = training_flops_by_layer(payload.model, plan)
     return [sum(layers[stage.first : stage.stop]) for stage in placement.stages]
-
-
-def _work_with_head(plan: ExecutionPlan, payload: PayloadShape) -> list[float]:
-    work = layer_work(payload.model, plan)
-    work[-1] += cost.TRAIN_OVER_FORWARD * cost.head_flops(payload.model)
-    return work
 
 
 def _row(
@@ -86,7 +75,8 @@ def _notes(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> 
         f"The cyclic group of layers {first} to {last} spans stages: its sweeps go round them."
         for first, last in placement.spanning_groups
     ]
-    work = _work_with_head(plan, payload)
+    flops = training_flops_by_layer(payload.model, plan)
+    work = [each / payload.seq_length for each in flops]  # per token, as the bytes are
     transport = [FLOPS_PER_BYTE * size for size in cut_traffic(plan, payload)]
     best = proposed_layout(work, len(placement.layout), transport)
     here, there = (slowest_stage(each, work, transport) for each in (placement.layout, best))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_kvshare.sharing.cost import TRAIN_OVER_FORWARD, step_flops
 from megatron_kvshare.sharing.messages import MessagePlan
 from megatron_kvshare.sharing.placement import PayloadShape, Placement, boundary_widths
 from megatron_kvshare.sharing.plan import ExecutionPlan, subset_length
-from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.task_cost import task_graph
 from megatron_kvshare.sharing.tasks import Key, Kind, Task
 
@@ -42,17 +40,6 @@ def bytes_sent(plan: ExecutionPlan, placement: Placement, payload: PayloadShape)
 def _elements(task: Task, key: Key, payload: PayloadShape) -> int:
     width = 2 * payload.local_kv_width if key.is_kv else payload.hidden_size
     return tokens_of(task, key, payload) * payload.sequences * width
-
-
-def layer_work(shape: ModelShape, plan: ExecutionPlan) -> list[float]:
-    """Training FLOPs per token of every layer, all its sweeps."""
-    work = [0.0] * plan.map.num_layers
-    for segment in plan.segments:
-        for sweep in segment.sweeps:
-            for step, share in sweep.weighted_steps:
-                flops = share * step_flops(shape, plan.map, step)
-                work[step.layer] += flops * (TRAIN_OVER_FORWARD if sweep.gradient else 1)
-    return work
 
 
 def cut_traffic(plan: ExecutionPlan, payload: PayloadShape) -> list[float]:

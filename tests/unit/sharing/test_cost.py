@@ -16,6 +16,7 @@ from megatron_kvshare.sharing.plan import LayerStep, StepMode
 from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, jacobi_plan, solver_plan
 from megatron_kvshare.sharing.weights import parameters
+from megatron_kvshare.sharing.work import step_flops, visible_pairs
 from tests.unit.sharing.strategies import NINE, sharing_maps
 
 TINY_LLAMA = ModelShape(
@@ -92,21 +93,14 @@ def test_kv_bytes() -> None:
     assert cost.kv_bytes_per_token(TINY_LLAMA, build_map(22), bytes_per_element=4) == 45056
 
 
-def test_kv_cache_keeps_a_window_where_only_windows_read() -> None:
-    shape = dataclasses.replace(SMALL, num_layers=4, window_size=3)
-    token = 2 * 4 * 2  # keys and values, width 4, two bytes
-    assert cost.kv_cache_bytes(shape, SharingMap.parse("0s_1s_2_2"), 10) == (3 + 3 + 10) * token
-    assert cost.kv_cache_bytes(shape, SharingMap.parse("0s_0_2s_2s"), 10) == (10 + 3) * token
-    assert cost.kv_cache_bytes(shape, SharingMap.parse("0s_0s_0s_0s"), 2) == 2 * token
-
-
 def test_step_flops_by_hand() -> None:
     sharing = SharingMap.parse("1_1")
     mlp, queries_and_output, keys_and_values = 3 * 8 * 20, 2 * 8 * 8, 2 * 8 * 4
     upward, ordinary = 2 * 8 * 15 / 6, 2 * 8 * 21 / 6  # scores and values: 8 wide, 15 or 21 pairs
 
     def flops(layer: int, mode: StepMode) -> float:
-        return cost.step_flops(SMALL, sharing, LayerStep(layer, mode))
+        pairs = visible_pairs(SMALL, sharing, layer)
+        return step_flops(SMALL, sharing, LayerStep(layer, mode), 6, pairs) / 6
 
     assert flops(0, StepMode.FULL) == 2 * (mlp + queries_and_output + upward)
     full = 2 * (mlp + queries_and_output + keys_and_values + ordinary)
@@ -136,7 +130,7 @@ def test_visible_tokens_are_counted_exactly(length: int, window: int | None, not
             for query in range(length)
             for key in range(length)
         )
-        assert cost.mean_visible_tokens(shape, sharing, layer) * length == pytest.approx(seen)
+        assert visible_pairs(shape, sharing, layer) == seen
 
 
 @given(sharing_maps(), passes)
@@ -182,13 +176,6 @@ def test_lasagna_pairs_save_most_by_skipping() -> None:
     shape = dataclasses.replace(TINY_LLAMA, num_layers=12)
     plan = jacobi_plan(build_map(12, "lasagna-top", 6))
     assert cost.costs(shape, plan).train_flops_ratio < 0.70 * cost.train_factor(plan)
-
-
-def test_a_whole_step_counts_the_optimizer_once() -> None:
-    plan = jacobi_plan(build_map(2))
-    one, two = (cost.train_step_flops(SMALL, plan, tokens) for tokens in (1, 2))
-    assert two - one == pytest.approx(cost.train_flops_per_token(SMALL, plan))
-    assert 2 * one - two == pytest.approx(18 * parameters(SMALL, plan.map))
 
 
 # ---- memory of training ----

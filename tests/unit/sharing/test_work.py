@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_kvshare.sharing import cost
+from megatron_kvshare.sharing.draw_stages import stage_work
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
+from megatron_kvshare.sharing.placement import PayloadShape, Placement
 from megatron_kvshare.sharing.plan import Carry, LayerStep, StepMode, Sweep, Visit
 from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, Recipe, Solver, Start, solver_plan
+from megatron_kvshare.sharing.task_cost import task_graph
+from megatron_kvshare.sharing.work import (
+    carry_work,
+    finish_work,
+    head_work,
+    plan_work,
+    step_flops,
+    visit_work,
+)
 from tests.unit.sharing.strategies import recipes, sharing_maps
 
 
@@ -131,11 +144,11 @@ def pairs(shape: ModelShape, sharing: SharingMap, sweep: Sweep, visit: Visit, la
     )
 
 
-def visit_flops(shape: ModelShape, sharing: SharingMap, sweep: Sweep, visit: Visit) -> float:
+def visit_flops(shape: ModelShape, sharing: SharingMap, sweep: Sweep, visit: Visit) -> int:
     tokens = len(range(visit.offset, shape.seq_length, sweep.stride))
-    total = 0.0
+    total = 0
     for step in visit.steps:
-        total += tokens * cost.step_flops(shape, sharing, step, visible=0)
+        total += step_flops(shape, sharing, step, tokens, pairs=0)
         if step.mode is StepMode.FULL:
             total += 4 * QUERY_WIDTH * pairs(shape, sharing, sweep, visit, step.layer)
     return total
@@ -145,24 +158,27 @@ def visit_flops(shape: ModelShape, sharing: SharingMap, sweep: Sweep, visit: Vis
     st.sampled_from(["0_4_4_4_4", "0_4_2_2_4", "0_4s_4_0s_4s", "2_2s_2", "3s_1s_1s_3"]),
     st.integers(2, 4),
     st.integers(1, 3),
+    st.integers(0, 1),
     st.none() | st.integers(1, 9),
     st.sampled_from(Start),
 )
 def test_strided_attention_is_counted_pair_by_pair(
-    notation: str, stride: int, rounds: int, window: int | None, start: Start
+    notation: str, stride: int, rounds: int, ragged: int, window: int | None, start: Start
 ) -> None:
     sharing = SharingMap.parse(notation)
-    length = stride * rounds
+    length = stride * rounds - ragged
     shape = small(sharing.num_layers, length, window)
     (group,) = solver_plan(sharing, strided(stride, 1, 1, start)).groups
     for sweep in group.sweeps[-2:]:
-        expected = sum(visit_flops(shape, sharing, sweep, visit) for visit in sweep.visits)
+        for visit in sweep.visits:
+            found = sum(each.forward for each in visit_work(shape, sharing, sweep, visit))
+            assert found == visit_flops(shape, sharing, sweep, visit)
+        expected = 0
         for step in sweep.finish:
             whole = Visit((LayerStep(step.layer),))
             seen = pairs(shape, sharing, Sweep((whole,), True, True), whole, step.layer)
-            expected += length * cost.step_flops(shape, sharing, step, visible=0)
-            expected += 4 * QUERY_WIDTH * seen
-        assert cost.sweep_flops(shape, sharing, sweep) * length == pytest.approx(expected)
+            expected += step_flops(shape, sharing, step, length, pairs=0) + 4 * QUERY_WIDTH * seen
+        assert sum(each.forward for each in finish_work(shape, sharing, sweep)) == expected
 
 
 def test_carried_keys_and_values_are_counted() -> None:
@@ -171,15 +187,48 @@ def test_carried_keys_and_values_are_counted() -> None:
     projection = 2 * HIDDEN * 2 * KV_WIDTH
 
     def extra(recipe: Recipe) -> float:
-        plan = solver_plan(sharing, recipe)
-        sweeps = sum(
-            cost.sweep_flops(shape, sharing, sweep) * (3 if sweep.gradient else 1)
-            for sweep in plan.groups[0].sweeps
+        (group,) = solver_plan(sharing, recipe).groups
+        return (
+            sum(
+                each.training
+                for sweep in group.sweeps
+                for each in carry_work(shape, sweep, sweep.carried)
+            )
+            / 8
         )
-        head = 3 * 2 * 30 * HIDDEN
-        return cost.train_flops_per_token(shape, plan) - sweeps - head
 
-    assert extra(strided(4, 1, 1)) == pytest.approx(0)
-    assert extra(ONE_SWEEP) == pytest.approx(3 * projection)
-    assert extra(strided(4, 1, 1, Start.INPUT)) == pytest.approx(projection)
-    assert extra(TWO_SWEEP) == pytest.approx(2 * projection)  # its input is a constant
+    assert extra(strided(4, 1, 1)) == 0
+    assert extra(ONE_SWEEP) == 3 * projection
+    assert extra(strided(4, 1, 1, Start.INPUT)) == projection
+    assert extra(TWO_SWEEP) == 3 * projection  # its input is a constant, the norm before it not
+
+
+# ---- sums ----
+
+
+@given(sharing_maps(min_layers=4), recipes(), st.sets(st.integers(1, 3), max_size=3), st.data())
+def test_every_sum_is_the_plan_s(
+    sharing: SharingMap, recipe: Recipe, cuts: set[int], data: st.DataObject
+) -> None:
+    """Of stages, of tasks on all stages, and of the tasks of one stage, to the last FLOP."""
+    window = data.draw(st.none() | st.integers(1, 9))
+    shape = small(sharing.num_layers, data.draw(st.integers(1, 13)), window)
+    plan = solver_plan(sharing, recipe)
+    edges = [0, *sorted(cuts), sharing.num_layers]
+    layout = tuple(stop - first for first, stop in itertools.pairwise(edges))
+    placed = Placement(sharing, layout, len(layout))
+    total = cost.train_flops_per_token(shape, plan) * shape.seq_length
+    stages = stage_work(plan, placed, PayloadShape(shape, 1, 4))
+    assert sum(stages) == round(total) and total == pytest.approx(sum(stages), rel=1e-12)
+    if recipe.start is Start.SELF and placed.spanning_groups:
+        return  # such a group is not cut
+    graph = task_graph(shape, plan, placed)
+    of_stages = [0] * len(layout)
+    for task, forward, backward in zip(
+        graph.tasks, graph.forward_cost, graph.backward_cost, strict=True
+    ):
+        of_stages[task.stage.number] += forward + backward
+        assert task.gradient or not backward
+    assert of_stages == stages
+    forward = sum(each.forward for each in plan_work(shape, plan)) + head_work(shape).forward
+    assert sum(graph.forward_cost) == forward
