@@ -190,17 +190,10 @@ def recipe_name(recipe: Recipe) -> str:
     return f"{name}: {recipe}" if name else str(recipe)
 
 
-class Prefill(StrEnum):
-    """What the prompt is computed with before decoding, which is exact."""
-
-    TRAINED = "trained"  # the recipe the model was trained with
-    CONVERGED = "converged"  # CONVERGED_PREFILL: the loss of exact, for less than twice the work
-    EXACT = "exact"  # sweeps until nothing moves
-
-
 CONVERGED_PREFILL = Recipe(solver=Solver.STRIDED, stride=8, forward_sweeps=1, backward_sweeps=1)
-"""Two sweeps over eight subsets: of the plans that ``benchmarks/solvers.py`` measures, the fastest
-whose loss is less than 0.001 from exact for every model (docs/solvers.md)."""
+"""For a prompt, before decoding, which is exact. Two sweeps over eight subsets: of the plans that
+``benchmarks/solvers.py`` measures, the fastest whose loss is less than 0.001 from exact for every
+model (docs/solvers.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,19 +247,6 @@ def exact_plan(
     recipe = recipe.for_length(length)
     most = max(1, -(-length // recipe.stride) - 1)
     return solver_plan(map, recipe, Tolerance(residual=residual, least=1, most=most))
-
-
-def prefill_plan(
-    map: SharingMap, prefill: Prefill, trained: Recipe, length: int, residual: float
-) -> ExecutionPlan:
-    """How a prompt of ``length`` tokens is computed; ``residual``: see :func:`exact_plan`."""
-    match prefill:
-        case Prefill.TRAINED:
-            return solver_plan(map, trained.for_length(length))
-        case Prefill.CONVERGED:
-            return solver_plan(map, CONVERGED_PREFILL.for_length(length))
-        case Prefill.EXACT:
-            return exact_plan(map, length, residual)
 
 
 def jacobi_plan(

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.solver import RECIPES, Prefill, prefill_plan, solver_plan
+from megatron_kvshare.sharing.solver import CONVERGED_PREFILL, RECIPES, exact_plan, solver_plan
 from tests.huggingface import TINY, exported
 from tests.parity.cases import all_maps, one_of_each_pattern
 from tests.parity.test_solvers import TRAINED, logits_of, model_with
@@ -125,7 +125,9 @@ def test_a_prompt_in_two_parts(sharing, tokens):
 def test_prefill_is_the_native_plan(prefill, sharing, single, tokens):
     native, weights = model_with(TINY, sharing, single)
     trained = RECIPES["one-sweep"]
-    plan = prefill_plan(sharing, Prefill(prefill), trained, LENGTH, 1e-6)
+    plan = exact_plan(sharing, LENGTH, 1e-6)
+    if prefill == "converged":
+        plan = solver_plan(sharing, CONVERGED_PREFILL.for_length(LENGTH))
     model = exported(sharing, weights, trained, kv_prefill=prefill)
     assert_logits(model(tokens).logits, logits_of(native, tokens, plan))
 
