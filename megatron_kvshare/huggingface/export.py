@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,6 +37,13 @@ class ExportJob:
     trust_remote_code: bool = False
     without_tokenizer: bool = False
     max_shard_bytes: int = folders.MAX_SHARD_BYTES
+
+
+class _Tokenizer(NamedTuple):
+    """The tokenizer of the training, and the file or folder that it is read from."""
+
+    trained: Tokenizer
+    path: Path
 
 
 def export(
@@ -88,17 +96,17 @@ def written_aside(target: Path) -> Iterator[Path]:
 def _write(
     stored: StoredModel,
     job: ExportJob,
-    tokenizer: tuple[Tokenizer, Path] | None,
+    tokenizer: _Tokenizer | None,
     folder: Path,
     done: Callable[[int, int], None],
 ) -> None:
     spec = stored.spec
-    written = write_tokenizer(*tokenizer, folder) if tokenizer else None
+    written = write_tokenizer(tokenizer.trained, tokenizer.path, folder) if tokenizer else None
     tokens = written.ids if written else {}
     config = to_config(spec, weights_dtype(stored), tokens)
     folders.write_json(folder / folders.CONFIG, config)
     if tokenizer and written:
-        prove_tokenizer(tokenizer[0], folder, written.rules)
+        prove_tokenizer(tokenizer.trained, folder, written.rules)
     generation = {"_from_model_config": True, "do_sample": False, **tokens}
     folders.write_json(folder / "generation_config.json", generation)
     if not is_plain_llama(spec.map):
@@ -116,7 +124,7 @@ def weights_dtype(stored: StoredModel) -> torch.dtype:
     return kinds.pop()
 
 
-def _tokenizer(stored: StoredModel, job: ExportJob) -> tuple[Tokenizer, Path] | None:
+def _tokenizer(stored: StoredModel, job: ExportJob) -> _Tokenizer | None:
     """The tokenizer of the training, or None where it had none or is not wanted."""
     trained_with, settings = stored.spec.tokenizer, stored.manifest.config
     path = job.tokenizer_model or settings.get("tokenizer_model")
@@ -136,4 +144,4 @@ def _tokenizer(stored: StoredModel, job: ExportJob) -> tuple[Tokenizer, Path] | 
     if tokenizer.vocab_size > stored.spec.vocab_size:
         rule = f"it has {tokenizer.vocab_size} ids, the embedding {stored.spec.vocab_size}"
         raise CheckpointError(Fault("--tokenizer-model", path, rule, fix))
-    return tokenizer, Path(path)
+    return _Tokenizer(tokenizer, Path(path))

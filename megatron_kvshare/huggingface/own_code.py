@@ -104,6 +104,6 @@ def _references(config: Mapping[str, Any]) -> Iterator[str]:
 def refuse_foreign_code(folder: Path, fix: str) -> None:
     """Raise :class:`ConfigError` with all code of the folder that is not ours."""
     rule = "no version of this program exports such code, and other code is not run unasked"
-    faults = [Fault(*found, rule, fix) for found in foreign_code(folder)]
+    faults = [Fault(code.where, code.value, rule, fix) for code in foreign_code(folder)]
     if faults:
         raise ConfigError(faults)

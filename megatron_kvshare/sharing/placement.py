@@ -71,10 +71,19 @@ class Placement:
         count, first, stages = len(self.layout), 0, []
         for number, layers in enumerate(self.layout):
             stop = first + layers
-            place = (number % self.ranks, number // self.ranks, self.chunks)
-            ends = (number == 0, number == count - 1)
-            crossing = (self.crossing(first), self.crossing(stop))
-            stages.append(Stage(number, *place, first, stop, *ends, *crossing))
+            stage = Stage(
+                number=number,
+                rank=number % self.ranks,
+                chunk=number // self.ranks,
+                chunks=self.chunks,
+                first=first,
+                stop=stop,
+                embeds=number == 0,
+                predicts=number == count - 1,
+                receives=self.crossing(first),
+                sends=self.crossing(stop),
+            )
+            stages.append(stage)
             first = stop
         return tuple(stages)
 

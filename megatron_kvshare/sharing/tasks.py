@@ -200,9 +200,9 @@ class _Group:
             yield Task(
                 Kind.CARRY,
                 stage,
-                self.sweep.gradient,
-                self.segment,
-                self.number,
+                gradient=self.sweep.gradient,
+                segment=self.segment,
+                sweep=self.number,
                 kv=source,
                 makes=tuple(key for each in keys.values() for key in each),
             )
@@ -241,15 +241,15 @@ class _Group:
             yield Task(
                 Kind.VISIT,
                 stage,
-                self.sweep.gradient,
-                self.segment,
-                self.number,
-                Visit(steps, visit.offset),
-                (hidden,),
-                read,
-                outside,
-                tuple(makes),
-                {p: self._before(p, visit.offset) for p in self.segment.targets if p in inside},
+                gradient=self.sweep.gradient,
+                segment=self.segment,
+                sweep=self.number,
+                visit=Visit(steps, visit.offset),
+                hidden=(hidden,),
+                kv=read,
+                outside=outside,
+                makes=tuple(makes),
+                old={p: self._before(p, visit.offset) for p in self.segment.targets if p in inside},
             )
             hidden = after
 
@@ -308,9 +308,9 @@ class _Group:
         return Task(
             Kind.FINISH,
             self.stages[-1],
-            self.sweep.gradient,
-            self.segment,
-            self.number,
+            gradient=self.sweep.gradient,
+            segment=self.segment,
+            sweep=self.number,
             hidden=tuple(Key("hidden", last, self.number, offset) for offset in visits),
             kv={step.layer: self.blocks(step.layer)},
             makes=(self.leaving,),
