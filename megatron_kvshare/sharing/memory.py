@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan, StepMode
 from megatron_kvshare.sharing.shape import ModelShape
-from megatron_kvshare.sharing.weights import parameters, stage_parameters
+from megatron_kvshare.sharing.weights import parameters
 
 _FP32_BYTES = 4
 
@@ -88,26 +87,3 @@ def _activation_elements(shape: ModelShape, plan: ExecutionPlan, layout: Trainin
                     part += mlp + (0 if step.mode is StepMode.NO_ATTENTION else attention)
                 kept += share * part
     return round(kept) + (attention + mlp if layout.recompute_full else 0)
-
-
-def on_fullest_rank(
-    whole: TrainingMemory, shape: ModelShape, placement: Placement
-) -> TrainingMemory:
-    """Of the pipeline rank with most weights: its share of the model's, and the activations of
-    its layers for as many microbatches as there are ranks, which 1F1B keeps in flight."""
-    ranks = range(placement.ranks)
-    of_ranks = [placement.stages_of(rank) for rank in ranks]
-    weights = max(
-        sum(stage_parameters(shape, placement.map, stage) for stage in stages)
-        for stages in of_ranks
-    )
-    layers = max(sum(len(stage.layers) for stage in stages) for stages in of_ranks)
-    share = weights / parameters(shape, placement.map)
-    kept = layers * placement.ranks / shape.num_layers
-    return TrainingMemory(
-        weights=round(whole.weights * share),
-        gradients=round(whole.gradients * share),
-        optimizer=round(whole.optimizer * share),
-        activations=round(whole.activations * kept),
-        logits=whole.logits,
-    )

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Protocol
 
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.placement import Stage
 from megatron_kvshare.sharing.shape import ModelShape
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -49,6 +49,19 @@ class Init(StrEnum):
     ONES = "ones"
 
 
+class Held(Protocol):
+    """The part of a model that a pipeline stage holds."""
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def layers(self) -> range: ...
+    @property
+    def embeds(self) -> bool: ...
+    @property
+    def predicts(self) -> bool: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weight:
     """A tensor of the model, whole: its ``shape`` is ``[out, in]`` as in torch's linear layers,
@@ -71,13 +84,13 @@ class Weight:
     def size(self) -> int:
         return math.prod(self.shape)
 
-    def parameter_on(self, stage: Stage) -> str:
+    def parameter_on(self, stage: Held) -> str:
         """The full name of its parameter in the module of a pipeline stage."""
         if self.layer is None:
             return self.parameter
         return f"decoder.layers.{self.layer - stage.first}.{self.parameter}"
 
-    def is_on(self, stage: Stage) -> bool:
+    def is_on(self, stage: Held) -> bool:
         """Whether a pipeline stage holds it."""
         if self.layer is not None:
             return self.layer in stage.layers
@@ -154,7 +167,7 @@ def _norm(name: str, parameter: str, shape: ModelShape) -> Weight:
     )
 
 
-def stage_weights(shape: ModelShape, map: SharingMap, stage: Stage) -> tuple[Weight, ...]:
+def stage_weights(shape: ModelShape, map: SharingMap, stage: Held) -> tuple[Weight, ...]:
     """The tensors that a pipeline stage holds; a tied head apart from the embedding is a copy."""
     everything = weights(shape, map)
     held = [each for each in everything if each.is_on(stage)]
@@ -183,6 +196,6 @@ def parameters_by_part(shape: ModelShape, map: SharingMap) -> dict[str, int]:
     return {part.value: count(each for each in everything if each.part is part) for part in Part}
 
 
-def stage_parameters(shape: ModelShape, map: SharingMap, stage: Stage) -> int:
+def stage_parameters(shape: ModelShape, map: SharingMap, stage: Held) -> int:
     """Number of weights of one pipeline stage."""
     return count(stage_weights(shape, map, stage))

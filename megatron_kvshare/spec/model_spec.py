@@ -11,10 +11,9 @@ from typing import Any
 from megatron_kvshare.config import ModelConfig, SharingConfig
 from megatron_kvshare.config.derive import recipe, sharing_map
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.placement import Stage
 from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
-from megatron_kvshare.sharing.weights import Weight, stage_weights, weights
+from megatron_kvshare.sharing.weights import Held, Weight, stage_weights, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class ModelSpec:
         """The same, as shapes by name."""
         return {each.name: each.shape for each in self.weights}
 
-    def weights_on(self, stage: Stage) -> tuple[Weight, ...]:
+    def weights_on(self, stage: Held) -> tuple[Weight, ...]:
         """The tensors that a pipeline stage holds."""
         return stage_weights(self.shape, self.map, stage)
 

@@ -16,14 +16,10 @@ from megatron_kvshare.config.derive import (
     sharing_map,
     training_plan,
 )
-from megatron_kvshare.sharing.memory import (
-    TrainingLayout,
-    TrainingMemory,
-    on_fullest_rank,
-    training_memory,
-)
+from megatron_kvshare.sharing.memory import TrainingLayout, TrainingMemory, training_memory
 from megatron_kvshare.sharing.placement import PayloadShape, Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
+from megatron_kvshare.sharing.rank_memory import on_fullest_rank
 from megatron_kvshare.sharing.solver import Recipe
 from megatron_kvshare.spec.model_spec import ModelSpec
 

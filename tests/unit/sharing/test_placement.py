@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.memory import TrainingMemory, on_fullest_rank
+from megatron_kvshare.sharing.memory import TrainingMemory
 from megatron_kvshare.sharing.messages import MessagePlan
 from megatron_kvshare.sharing.order import Action, best_schedule, lower_bound, makespan
 from megatron_kvshare.sharing.patterns import build_map
@@ -18,6 +18,7 @@ from megatron_kvshare.sharing.placement import (
     Placement,
     boundary_widths,
 )
+from megatron_kvshare.sharing.rank_memory import on_fullest_rank
 from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, Recipe, Start, solver_plan
 from megatron_kvshare.sharing.task_cost import task_graph
