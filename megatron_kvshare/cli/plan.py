@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megatron_kvshare.cli import plan_tables
 from megatron_kvshare.config import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.derive import payload_shape, placement, sharing_map, training_plan
@@ -131,10 +132,10 @@ def _draw(spec: ModelSpec, plan: ExecutionPlan, sharing: SharingConfig) -> None:
     if plan.map.is_cyclic:
         console.print(f"Recipe {recipe_name(spec.recipe)}.")
     console.print(draw.sweeps_text(plan))
-    console.print(draw.cost_table(shape, plan))
+    console.print(plan_tables.cost_table(shape, plan))
     if plan.map.is_cyclic:
-        console.print(draw.recipe_table(shape, plan.map))
-        console.print(draw.prefill_text(shape, plan.map))
+        console.print(plan_tables.recipe_table(shape, plan.map))
+        console.print(plan_tables.prefill_text(shape, plan.map))
     console.print(
         f"Shape: hidden {shape.hidden_size}, ffn {shape.ffn_hidden_size}, "
         f"{shape.num_attention_heads} heads, {shape.num_query_groups} KV heads, "

@@ -1,22 +1,16 @@
-"""Draws a plan and its costs for the terminal, in 80 columns (L1, no torch)."""
+"""Draws a plan, in 80 columns, for the terminal and for the cards of exports (L1, no torch)."""
 
 from __future__ import annotations
 
 from rich import box
 from rich.table import Table
 
-from megatron_kvshare.sharing import cost
-from megatron_kvshare.sharing.cost import Costs
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.plan import ExecutionPlan, Segment, StepMode, Sweep
-from megatron_kvshare.sharing.shape import ModelShape
-from megatron_kvshare.sharing.solver import CONVERGED_PREFILL, RECIPES, solver_plan
 
 _BRACKET = {"first": "╭", "inside": "│", "last": "╰", "up": "↑", "down": "↓"}
 _BRACKET_ASCII = {"first": "+", "inside": "|", "last": "+", "up": "up", "down": "down"}
 _STYLES = {"producer": "bold green", "upward": "yellow", "consumer": ""}
-_BINARY = ("", "Ki", "Mi", "Gi", "Ti")
-_DECIMAL = ("", "K", "M", "G", "T", "P", "E")
 _LESS_THAN_FULL = {StepMode.NO_ATTENTION: "without attention", StepMode.KV_ONLY: "only K and V"}
 
 
@@ -81,42 +75,6 @@ def _who_reads_what(sweep: Sweep) -> str:
     )
 
 
-def cost_table(shape: ModelShape, plan: ExecutionPlan) -> Table:
-    """What the map costs beside the standard map of the same shape."""
-    ours: Costs = cost.costs(shape, plan)
-    base: Costs = cost.costs(shape, cost.standard_plan(shape.num_layers))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("cost")
-    for title in ("this map", "standard", "ratio"):
-        table.add_column(title, justify="right")
-
-    def row(name: str, mine: float, standard: float, unit: str, ratio: float) -> None:
-        table.add_row(name, _quantity(mine, unit), _quantity(standard, unit), f"{ratio:.2f}")
-
-    row("parameters", ours.parameters, base.parameters, "", ours.parameters / base.parameters)
-    bytes_ratio = 1 / ours.kv_reduction
-    row(
-        "KV cache per token, 16 bit",
-        ours.kv_bytes_per_token,
-        base.kv_bytes_per_token,
-        "B",
-        bytes_ratio,
-    )
-    row(
-        "training FLOPs per token",
-        ours.train_flops_per_token,
-        base.train_flops_per_token,
-        "",
-        ours.train_flops_ratio,
-    )
-    prompt = f"prefill FLOPs, {shape.seq_length} tokens"
-    row(prompt, ours.prefill_flops, base.prefill_flops, "", ours.prefill_flops_ratio)
-    table.add_row("training factor, no skipping", "", "", f"{ours.train_factor:.2f}")
-    table.add_row("prefill factor, no skipping", "", "", f"{ours.prefill_factor:.2f}")
-    table.add_row("sequential depth of prefill", "", "", f"{ours.sequential_depth:.2f}")
-    return table
-
-
 def _reads(map: SharingMap, layer: int, signs: dict[str, str]) -> str:
     if map.is_producer(layer):
         readers = len(map.consumers_of(layer))
@@ -139,31 +97,6 @@ def _bracket(segment: Segment, layer: int, signs: dict[str, str]) -> str:
     return signs["last" if layer == segment.last else "inside"]
 
 
-def recipe_table(shape: ModelShape, map: SharingMap) -> Table:
-    """The named recipes side by side, all over the standard map: training FLOPs, layer-forwards of
-    training, prefill FLOPs, layers one after another in a prefill."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("recipe", "sweeps"):
-        table.add_column(title, no_wrap=True)
-    for title in ("train FLOPs", "layers", "prefill", "depth"):
-        table.add_column(title, justify="right")
-    for name, recipe in RECIPES.items():
-        its = cost.costs(shape, solver_plan(map, recipe))
-        numbers = (its.train_flops_ratio, its.train_work, its.prefill_flops_ratio)
-        cells = [f"{number:.2f} x" for number in (*numbers, its.sequential_depth)]
-        table.add_row(name, str(recipe), *cells)
-    return table
-
-
-def prefill_text(shape: ModelShape, map: SharingMap) -> str:
-    """The fastest prefill with the loss of exact evaluation."""
-    its = cost.costs(shape, solver_plan(map, CONVERGED_PREFILL))
-    return (
-        f"Converged prefill (the loss of exact): {CONVERGED_PREFILL},"
-        f" {its.prefill_flops_ratio:.2f} x a standard prefill's FLOPs."
-    )
-
-
 def _runs(segment: Segment, layer: int) -> str:
     """``9 (1 MLP only)``: how often a layer runs, and how often only a part of it."""
     modes = [_mode_in(sweep, layer) for sweep in segment.sweeps]
@@ -177,13 +110,3 @@ def _mode_in(sweep: Sweep, layer: int) -> StepMode:
     """What a sweep needs of a layer, as the last subset of tokens shows."""
     steps = (*sweep.finish, *sweep.visits[-1].steps)
     return next(step.mode for step in steps if step.layer == layer)
-
-
-def _quantity(value: float, unit: str) -> str:
-    """Three digits with a decimal prefix, or with a binary one for bytes."""
-    base, prefixes = (1024, _BINARY) if unit == "B" else (1000, _DECIMAL)
-    power = 0
-    while value >= base and power + 1 < len(prefixes):
-        value, power = value / base, power + 1
-    number = f"{value:.0f}" if power == 0 or value >= 100 else f"{value:#.3g}"
-    return f"{number} {prefixes[power]}{unit}".strip()
