@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from megatron_kvshare.config.pretrain import parse_pretrain
+from megatron_kvshare.costs.cost import prefill_work, standard_plan, train_flops_per_token
 from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.model import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
-from megatron_kvshare.sharing.cost import prefill_work, standard_plan, train_flops_per_token
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import Recipe, Solver, exact_plan, solver_plan
 from megatron_kvshare.spec.run_plan import RunPlan

@@ -60,7 +60,7 @@ def launch(microbatches: int, found: Path) -> None:
 
 
 def report(name: str, events: list[Event], microbatches: int) -> dict[str, Any]:
-    from megatron_kvshare.sharing.order import lower_bound
+    from megatron_kvshare.stages.order import lower_bound
 
     graph, order = graph_of(name, events, microbatches)
     measured = max(e.end for e in events) - min(e.start for e in events)
@@ -90,9 +90,9 @@ def report(name: str, events: list[Event], microbatches: int) -> dict[str, Any]:
 
 def graph_of(name: str, events: list[Event], microbatches: int) -> tuple[Any, Any]:
     """The tasks with their median measured costs, and the order in which the ranks ran them."""
-    from megatron_kvshare.sharing.order import Action, TaskGraph
-    from megatron_kvshare.sharing.tasks import tasks_of
     from megatron_kvshare.spec.run_plan import RunPlan
+    from megatron_kvshare.stages.order import Action, TaskGraph
+    from megatron_kvshare.stages.tasks import tasks_of
 
     planned = RunPlan.of(config_of(CASES[name], microbatches), RANKS)
     if planned.placement.spanning_groups:
@@ -124,7 +124,7 @@ def graph_of(name: str, events: list[Event], microbatches: int) -> tuple[Any, An
 
 def stage_tasks(placed: Any) -> tuple[Any, ...]:
     """One task for each stage: what the schedules of megatron-core run as a whole."""
-    from megatron_kvshare.sharing.tasks import Key, Kind, Task
+    from megatron_kvshare.stages.tasks import Key, Kind, Task
 
     keys = [Key("hidden", stage.stop) for stage in placed.stages]
     reads = [(), *((key,) for key in keys)]
@@ -196,9 +196,9 @@ def draw(events: dict[str, list[Event]], path: Path) -> None:
 
 def simulate() -> list[dict[str, Any]]:
     """Bubbles of more ranks, two layers each, unit costs."""
-    from megatron_kvshare.sharing.order import best_schedule, lower_bound, makespan
     from megatron_kvshare.sharing.patterns import build_map
     from megatron_kvshare.sharing.solver import RECIPES, Recipe, solver_plan
+    from megatron_kvshare.stages.order import best_schedule, lower_bound, makespan
 
     recipes = {
         "jacobi(1, 2)": Recipe(forward_sweeps=1),
@@ -233,9 +233,9 @@ def simulate() -> list[dict[str, Any]]:
 
 
 def unit_graph(plan: Any, ranks: int) -> Any:
-    from megatron_kvshare.sharing.order import TaskGraph
-    from megatron_kvshare.sharing.placement import Placement
-    from megatron_kvshare.sharing.tasks import Kind, tasks_of
+    from megatron_kvshare.stages.order import TaskGraph
+    from megatron_kvshare.stages.placement import Placement
+    from megatron_kvshare.stages.tasks import Kind, tasks_of
 
     each = plan.map.num_layers // ranks
     tasks = tasks_of(plan, Placement(plan.map, (each,) * ranks, ranks))

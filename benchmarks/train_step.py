@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_kvshare.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_kvshare.costs.cost import standard_plan, train_factor, train_flops_per_token
+from megatron_kvshare.costs.weights import parameters
 from megatron_kvshare.data.train_data import Batch
 from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.megatron_api.optimizer import (
@@ -41,11 +43,9 @@ from megatron_kvshare.model import KVShareGPT
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.pipeline.chunk import StageChunk
 from megatron_kvshare.pipeline.runner import Pass
-from megatron_kvshare.sharing.cost import standard_plan, train_factor, train_flops_per_token
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import RECIPES, current_name, solver_plan
-from megatron_kvshare.sharing.weights import parameters
 from megatron_kvshare.spec.model_spec import ModelSpec
 
 BATCH, SEQ, VOCAB = 4, 256, 4096

@@ -23,8 +23,8 @@ from typing import Any
 import results
 from pretrained import prepare
 
-from megatron_kvshare.huggingface.folder import CONFIG, read_json
-from megatron_kvshare.huggingface.settings import shape_flags
+from megatron_kvshare.conversion.folder import CONFIG, read_json
+from megatron_kvshare.conversion.settings import shape_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "uptrain"

@@ -15,5 +15,5 @@ __all__ = ["load_model"]
 def __getattr__(name: str) -> Any:
     """The public functions, imported when they are asked for."""
     if name == "load_model":
-        return importlib.import_module("megatron_kvshare.inference.api").load_model
+        return importlib.import_module("megatron_kvshare.evaluation.api").load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""``python -m megatron_kvshare`` is the command ``kvshare`` (L6): torchrun starts it with ``-m``.
+"""``python -m megatron_kvshare`` is the command ``kvshare``: torchrun starts it with ``-m``.
 
 The guard matters: megatron-core's checkpoint writers start processes that re-import this module.
 """

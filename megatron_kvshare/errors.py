@@ -1,4 +1,4 @@
-"""The one family of errors a user can meet (L0).
+"""The one family of errors a user can meet.
 
 Every error says what is wrong, where, the value, the rule it breaks and a way out. The command line
 prints the message without a traceback and exits with :data:`EXIT_USER_ERROR`.

@@ -1,4 +1,4 @@
-"""What is printed (L0): no terminal, pipe or full disk behind it may end the work.
+"""What is printed: no terminal, pipe or full disk behind it may end the work.
 
 Everything goes through here that a run says while it trains.
 """

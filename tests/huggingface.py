@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_kvshare.checkpoint.tensors import TensorInfo
-from megatron_kvshare.huggingface import export
-from megatron_kvshare.huggingface.configuration_kvshare import KVShareConfig
-from megatron_kvshare.huggingface.export import CODE
-from megatron_kvshare.huggingface.folder import write_json, write_weights
-from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
-from megatron_kvshare.huggingface.settings import is_plain_llama, to_config
+from megatron_kvshare.conversion.exported.configuration_kvshare import KVShareConfig
+from megatron_kvshare.conversion.exported.modeling_kvshare import KVShareForCausalLM
+from megatron_kvshare.conversion.folder import write_json, write_weights
+from megatron_kvshare.conversion.own_code import CODE, HERE
+from megatron_kvshare.conversion.settings import is_plain_llama, to_config
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
 from megatron_kvshare.spec.model_spec import ModelSpec
@@ -114,5 +113,5 @@ def write_folder(
     write_weights(InMemory(weights), folder, max_shard_bytes)
     write_json(folder / "config.json", {**to_config(about, dtype, {}), **settings})
     for name in () if is_plain_llama(sharing) else CODE:
-        shutil.copy(Path(export.__file__).parent / name, folder / name)
+        shutil.copy(HERE / name, folder / name)
     return folder

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_kvshare.huggingface.configuration_kvshare import KVShareConfig
-from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
+from megatron_kvshare.conversion.exported.configuration_kvshare import KVShareConfig
+from megatron_kvshare.conversion.exported.modeling_kvshare import KVShareForCausalLM
 from tests.product import random_tokens
 
 SHAPE = {

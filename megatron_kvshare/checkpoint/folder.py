@@ -1,4 +1,4 @@
-"""Where checkpoints lie (L4): ``iter_0000100`` folders beside a tracker file, as in Megatron."""
+"""Where checkpoints lie: ``iter_0000100`` folders beside a tracker file, as in Megatron."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are those that were written (L4).
+"""Whether the files of a checkpoint are those that were written.
 
 Every file is marked with its size and SHA-256 in the manifest, and the manifest with its own. The
 ranks share the reading, at saving and at loading.

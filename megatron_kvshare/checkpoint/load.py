@@ -1,4 +1,4 @@
-"""Loading a checkpoint (L4): found, compared with the run, read on any layout and by any
+"""Loading a checkpoint: found, compared with the run, read on any layout and by any
 optimizer."""
 
 from __future__ import annotations

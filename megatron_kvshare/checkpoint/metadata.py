@@ -1,4 +1,4 @@
-"""torch's list of what a checkpoint holds (L4), read so that it runs nobody's code."""
+"""torch's list of what a checkpoint holds, read so that it runs nobody's code."""
 
 from __future__ import annotations
 

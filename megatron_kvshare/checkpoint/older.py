@@ -1,4 +1,4 @@
-"""What checkpoints before format 6 kept as pickled objects (L4): read as data, never as code.
+"""What checkpoints before format 6 kept as pickled objects: read as data, never as code.
 
 They were written by megatron-core: the number of updates is in ``common.pt``, each rank's random
 state in bytes among its tensors, and the distributed optimizer called its fp32 weights ``param``.

@@ -1,4 +1,4 @@
-"""What a rank saves and loads (L4): boxes of full tensors that have names, whatever the layout.
+"""What a rank saves and loads: boxes of full tensors that have names, whatever the layout.
 
 ``<name>``: a weight, named as in Hugging Face's Llama; ``optimizer.state.exp_avg.<name>``,
 ``....exp_avg_sq.<name>`` and, under bf16, ``....fp32_param.<name>``: its AdamW state;

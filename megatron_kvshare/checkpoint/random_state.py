@@ -1,4 +1,4 @@
-"""The state of torch's random number generators on one rank (L4)."""
+"""The state of torch's random number generators on one rank."""
 
 from __future__ import annotations
 

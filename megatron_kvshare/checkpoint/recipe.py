@@ -1,4 +1,4 @@
-"""A run that names no recipe goes on with that of its checkpoint (L4, no torch)."""
+"""A run that names no recipe goes on with that of its checkpoint (no torch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay when a newer one has been written, and how the others go (L4)."""
+"""Which checkpoints stay when a newer one has been written, and how the others go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving a checkpoint (L4): written aside, renamed when complete, announced in the tracker last."""
+"""Saving a checkpoint: written aside, renamed when complete, announced in the tracker last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving during a run (L4): at once, or beside the training that goes on (``--async-save``)."""
+"""Saving during a run: at once, or beside the training that goes on (``--async-save``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of tensors to and from the disk (L4), by torch's distributed checkpoint.
+"""Parts of tensors to and from the disk, by torch's distributed checkpoint.
 
 The files are those that megatron-core's ``torch_dist`` format has: ``.metadata`` and
 ``__<rank>_0.distcp``. megatron-core's own entry points are not used: they unpickle whatever a

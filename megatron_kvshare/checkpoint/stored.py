@@ -1,4 +1,4 @@
-"""A native checkpoint as one process sees it (L4): found, described, its weights at hand."""
+"""A native checkpoint as one process sees it: found, described, its weights at hand."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT, build_stages
 from megatron_kvshare.model.parameters import fill
-from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.solver import solver_plan
 from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.stages.placement import Placement
 
 _SHOWN = 8
 """Tensors that do not fit, named in one message; the others are counted."""

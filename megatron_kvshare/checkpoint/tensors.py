@@ -1,4 +1,4 @@
-"""Named tensors on disk, read one at a time (L4): of a native checkpoint, on any layout, by one
+"""Named tensors on disk, read one at a time: of a native checkpoint, on any layout, by one
 process and without starting any ranks."""
 
 from __future__ import annotations

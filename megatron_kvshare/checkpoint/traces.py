@@ -1,4 +1,4 @@
-"""What tells that there were checkpoints (L4), in a folder where none can be found: a run must not
+"""What tells that there were checkpoints, in a folder where none can be found: a run must not
 start over because a disk is not there."""
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Thin commands behind ``kvshare`` (L7)."""
+"""Thin commands behind ``kvshare``."""

@@ -1,4 +1,4 @@
-"""``kvshare convert to-hf | from-hf``: checkpoints to and from Hugging Face folders (L7)."""
+"""``kvshare convert to-hf | from-hf``: checkpoints to and from Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _to_hf(argv: Sequence[str]) -> int:
     )
     config = parse(ToHuggingFaceConfig, argv, command)
     from megatron_kvshare.checkpoint.stored import open_checkpoint
-    from megatron_kvshare.huggingface.export import ExportJob, export
+    from megatron_kvshare.conversion.export import ExportJob, export
     from megatron_kvshare.megatron_api import parallel
 
     stored = open_checkpoint(Path(config.load))
@@ -115,8 +115,8 @@ def _from_hf(argv: Sequence[str]) -> int:
         "kvshare convert from-hf", "Make a checkpoint of a Hugging Face folder.", _FROM_EXAMPLES
     )
     config = parse(FromHuggingFaceConfig, argv, command)
-    from megatron_kvshare.huggingface.importing import ImportJob, import_folder, open_folder
-    from megatron_kvshare.huggingface.kv_init import KVInit
+    from megatron_kvshare.conversion.importing import ImportJob, import_folder, open_folder
+    from megatron_kvshare.conversion.kv_init import KVInit
     from megatron_kvshare.megatron_api import parallel
 
     changed = config.sharing.kv_map is not None or config.sharing.kv_pattern != "standard"

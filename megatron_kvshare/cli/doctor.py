@@ -1,4 +1,4 @@
-"""``kvshare doctor``: what is installed, what is missing and the next step for each (L7).
+"""``kvshare doctor``: what is installed, what is missing and the next step for each.
 
 The report is plain text without any library: it must print where everything else is missing.
 """

@@ -1,4 +1,4 @@
-"""What ``kvshare doctor`` looks at (L7): each finding names a next step."""
+"""What ``kvshare doctor`` looks at: each finding names a next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kvshare doctor --distributed``: can this job train? Told in seconds, before it starts (L7)."""
+"""``kvshare doctor --distributed``: can this job train? Told in seconds, before it starts."""
 
 from __future__ import annotations
 

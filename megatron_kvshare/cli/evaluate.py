@@ -1,4 +1,4 @@
-"""``kvshare evaluate``: perplexity, the gap to exact evaluation, and lm-eval tasks (L7)."""
+"""``kvshare evaluate``: perplexity, the gap to exact evaluation, and lm-eval tasks."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _scores(config: EvaluateConfig) -> list[dict[str, Any]]:
-    from megatron_kvshare.inference.api import load_model
-    from megatron_kvshare.inference.evaluate import score, tokens_of_files, tokens_of_text
+    from megatron_kvshare.evaluation.api import load_model
+    from megatron_kvshare.evaluation.evaluate import score, tokens_of_files, tokens_of_text
 
     model = load_model(config.load or config.hf or "")
     if config.data_path is not None:
@@ -145,7 +145,7 @@ def _tokenizer(config: EvaluateConfig):
 
 
 def _tasks(config: EvaluateConfig) -> list[dict[str, Any]]:
-    from megatron_kvshare.inference.tasks import TasksJob, run_tasks
+    from megatron_kvshare.evaluation.lm_eval import TasksJob, run_tasks
 
     job = TasksJob(
         folder=Path(config.hf or ""),
@@ -157,7 +157,7 @@ def _tasks(config: EvaluateConfig) -> list[dict[str, Any]]:
     if config.hf is not None:
         return run_tasks(job)
     from megatron_kvshare.checkpoint.stored import open_checkpoint
-    from megatron_kvshare.huggingface.export import ExportJob, export
+    from megatron_kvshare.conversion.export import ExportJob, export
     from megatron_kvshare.megatron_api import parallel
 
     stored = open_checkpoint(Path(config.load or ""))

@@ -1,4 +1,4 @@
-"""What commands have in common that all processes of a job run together (L7)."""
+"""What commands have in common that all processes of a job run together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``kvshare``: runs a subcommand and turns user errors into plain messages (L7).
+"""The command ``kvshare``: runs a subcommand and turns user errors into plain messages.
 
 Subcommands are imported when they are called, so ``kvshare --help`` needs no torch and is quick.
 """

@@ -1,4 +1,4 @@
-"""``kvshare plan``: draws a sharing map and prints what it costs, without a GPU (L7)."""
+"""``kvshare plan``: draws a sharing map and prints what it costs, without a GPU."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from megatron_kvshare.config.rules_pipeline import layers_divide
 from megatron_kvshare.config.rules_solver import SOLVER_RULES
 from megatron_kvshare.config.sources import read_arguments
 from megatron_kvshare.config.types import SCHEMA, Count, dataclass
+from megatron_kvshare.costs import cost
+from megatron_kvshare.costs.weights import parameters_by_part
 from megatron_kvshare.errors import Fault, MapError
-from megatron_kvshare.sharing import cost, draw, patterns
-from megatron_kvshare.sharing.draw_stages import stage_lines
+from megatron_kvshare.sharing import patterns
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import recipe_name
-from megatron_kvshare.sharing.weights import parameters_by_part
 from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.tables import maps as draw
+from megatron_kvshare.tables.stages import stage_lines
 
 _ASSUMED_VOCABULARY = 32000  # Llama's; only embedding and head depend on it
 

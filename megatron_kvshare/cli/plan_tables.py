@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-from megatron_kvshare.sharing import cost
+from megatron_kvshare.costs import cost
+from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import CONVERGED_PREFILL, RECIPES, solver_plan
 
 _BINARY = ("", "Ki", "Mi", "Gi", "Ti")

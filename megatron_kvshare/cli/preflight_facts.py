@@ -1,4 +1,4 @@
-"""What ``kvshare doctor --distributed`` asks every rank, and what is wrong there (L7)."""
+"""What ``kvshare doctor --distributed`` asks every rank, and what is wrong there."""
 
 from __future__ import annotations
 

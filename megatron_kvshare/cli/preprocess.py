@@ -1,4 +1,4 @@
-"""``kvshare preprocess``: jsonl or plain text to Megatron ``.bin/.idx`` files (L7)."""
+"""``kvshare preprocess``: jsonl or plain text to Megatron ``.bin/.idx`` files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kvshare pretrain``: train a model (L7), alone or as one of torchrun's processes."""
+"""``kvshare pretrain``: train a model, alone or as one of torchrun's processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A progress line with the time that is left, on stderr (L7)."""
+"""A progress line with the time that is left, on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks of a job answer one by one, and nobody waits for ever (L7).
+"""The ranks of a job answer one by one, and nobody waits for ever.
 
 A key-value store on the first rank is all that is needed: it works before a process group does, and
 where GPUs or the network between them do not.

@@ -1,4 +1,4 @@
-"""``kvshare train-tokenizer``: a SentencePiece tokenizer from jsonl or plain text (L7)."""
+"""``kvshare train-tokenizer``: a SentencePiece tokenizer from jsonl or plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``kvshare verify``: whether a checkpoint and a Hugging Face folder are the same model (L7)."""
+"""``kvshare verify``: whether a checkpoint and a Hugging Face folder are the same model."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def run(argv: Sequence[str]) -> int:
     )
     config = parse(VerifyConfig, argv, command)
     from megatron_kvshare.checkpoint.stored import open_checkpoint
-    from megatron_kvshare.huggingface.config_keys import doubts
-    from megatron_kvshare.huggingface.folder import CONFIG, read_json
-    from megatron_kvshare.huggingface.verify import verify
+    from megatron_kvshare.conversion.config_keys import doubts
+    from megatron_kvshare.conversion.folder import CONFIG, read_json
+    from megatron_kvshare.conversion.verify import verify
     from megatron_kvshare.megatron_api import parallel
 
     stored = open_checkpoint(Path(config.load))

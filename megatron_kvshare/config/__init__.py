@@ -1,4 +1,4 @@
-"""Settings of every command: dataclasses, flags and YAML keys made from them, rules (L1)."""
+"""Settings of every command: dataclasses, flags and YAML keys made from them, rules."""
 
 from __future__ import annotations
 

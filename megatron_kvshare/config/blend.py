@@ -1,4 +1,4 @@
-"""Reads ``--data-path`` (one prefix, several, or a weighted blend) and ``--split`` (L1).
+"""Reads ``--data-path`` (one prefix, several, or a weighted blend) and ``--split``.
 
 What is returned here is what is used: megatron-core's own readers take other spellings of numbers
 (``1e2,1`` is 1, 2 and 1 to it) and never see the text.

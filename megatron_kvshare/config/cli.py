@@ -1,4 +1,4 @@
-"""From a command line (and a YAML file) to a checked configuration, all faults in one error (L1).
+"""From a command line (and a YAML file) to a checked configuration, all faults in one error.
 
 Values enter as text, pydantic turns them into numbers; unknown flags, wrong types, unsupported
 Megatron flags and broken rules are collected and raised together.

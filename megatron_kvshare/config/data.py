@@ -1,4 +1,4 @@
-"""Settings of data and tokenizer (L1)."""
+"""Settings of data and tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What settings come to (L1): the map, how it is computed, which stage holds what, the batch."""
+"""What settings come to: the map, how it is computed, which stage holds what, the batch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from typing import Any
 from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.rule import divisor
 from megatron_kvshare.config.schema import PretrainConfig
+from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.sharing import patterns
-from megatron_kvshare.sharing.layout import LAYOUT_FLAG, Layout, even_layout, parse_layout
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.placement import PayloadShape, Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import (
     DEFAULT_RECIPE,
     RECIPES,
@@ -25,6 +23,8 @@ from megatron_kvshare.sharing.solver import (
     name_of,
     solver_plan,
 )
+from megatron_kvshare.stages.layout import LAYOUT_FLAG, Layout, even_layout, parse_layout
+from megatron_kvshare.stages.placement import PayloadShape, Placement
 
 _USUAL_STRIDE = {Solver.JACOBI: 1, Solver.STRIDED: 4}
 VIRTUAL_FLAG = "--num-layers-per-virtual-pipeline-stage"

@@ -1,4 +1,4 @@
-"""Renders a configuration for people: what was changed, and from what (L1)."""
+"""Renders a configuration for people: what was changed, and from what."""
 
 from __future__ import annotations
 

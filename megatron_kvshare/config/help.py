@@ -1,4 +1,4 @@
-"""Writes the text of ``--help`` from the settings and their docstrings (L1)."""
+"""Writes the text of ``--help`` from the settings and their docstrings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process of a job this one is (L1): torchrun's variables, and whether they can be true.
+"""Which process of a job this one is: torchrun's variables, and whether they can be true.
 
 Ranks are announced by ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and the address to meet at, as
 torchrun sets them. Other launchers start processes too, by variables of their own: where one has

@@ -1,4 +1,4 @@
-"""Megatron-LM flags that are no settings here: they hold anyway or are refused with a fix (L1).
+"""Megatron-LM flags that are no settings here: they hold anyway or are refused with a fix.
 
 A Megatron command line runs unchanged or is told, flag by flag, what to write instead.
 """

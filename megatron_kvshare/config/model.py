@@ -1,4 +1,4 @@
-"""Settings of the network: shape, who reads whose keys and values, how it is spread (L1)."""
+"""Settings of the network: shape, who reads whose keys and values, how it is spread."""
 
 from __future__ import annotations
 

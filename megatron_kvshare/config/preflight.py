@@ -1,4 +1,4 @@
-"""The command line of ``kvshare doctor --distributed`` (L1)."""
+"""The command line of ``kvshare doctor --distributed``."""
 
 from __future__ import annotations
 

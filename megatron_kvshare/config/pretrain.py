@@ -1,4 +1,4 @@
-"""The command line of ``kvshare pretrain``: settings, rules and help in one place (L1)."""
+"""The command line of ``kvshare pretrain``: settings, rules and help in one place."""
 
 from __future__ import annotations
 

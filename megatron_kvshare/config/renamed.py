@@ -1,4 +1,4 @@
-"""Settings that had another name: command lines and files that use it go on working (L1)."""
+"""Settings that had another name: command lines and files that use it go on working."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rule about several settings, and how rules are run (L1)."""
+"""A rule about several settings, and how rules are run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the model: sizes, the sharing map, parallel layout (L1).
+"""Rules of the model: sizes, the sharing map, parallel layout.
 
 Written against anything that has ``model``, ``sharing`` or ``parallel``, so that every subcommand
 can use them.

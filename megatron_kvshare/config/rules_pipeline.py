@@ -1,4 +1,4 @@
-"""Rules of pipeline stages (L1)."""
+"""Rules of pipeline stages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from megatron_kvshare.config.rule import rule
 from megatron_kvshare.config.rules_model import HasParallel
 from megatron_kvshare.config.schema import PretrainConfig
 from megatron_kvshare.errors import ConfigError, Fault
-from megatron_kvshare.sharing.layout import LAYOUT_FLAG
-from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.solver import Start
+from megatron_kvshare.stages.layout import LAYOUT_FLAG
+from megatron_kvshare.stages.placement import Placement
 
 _LAYOUT_SETTINGS = (
     "num_layers pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage"

@@ -1,4 +1,4 @@
-"""Rules of a training run: batch, learning rate, data, checkpoints, logs, processes (L1)."""
+"""Rules of a training run: batch, learning rate, data, checkpoints, logs, processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the recipe: how cyclic maps are computed (L1)."""
+"""Rules of the recipe: how cyclic maps are computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All settings of a pretraining run (L1): frozen groups, flat on the command line and in YAML."""
+"""All settings of a pretraining run: frozen groups, flat on the command line and in YAML."""
 
 from __future__ import annotations
 

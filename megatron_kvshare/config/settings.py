@@ -1,4 +1,4 @@
-"""What a dataclass of settings offers to command line, YAML, help and error texts (L1).
+"""What a dataclass of settings offers to command line, YAML, help and error texts.
 
 One description per field, read from the dataclass: name, type, default and docstring have no
 second home.

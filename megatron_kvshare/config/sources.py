@@ -1,4 +1,4 @@
-"""Reads raw settings from a command line and from a YAML file; all values are still text (L1)."""
+"""Reads raw settings from a command line and from a YAML file; all values are still text."""
 
 from __future__ import annotations
 

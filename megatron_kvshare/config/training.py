@@ -1,4 +1,4 @@
-"""Settings of the optimisation, of checkpoints and of logs (L1)."""
+"""Settings of the optimisation, of checkpoints and of logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Value types of configuration fields (L1): the range of one number is declared where the field is.
+"""Value types of configuration fields: the range of one number is declared where the field is.
 
 What concerns a single value is a type; what concerns several is a rule (``rules_*.py``). Bounds
 are those of the libraries that get the number: megatron-core's C++ takes 32-bit sizes, its data

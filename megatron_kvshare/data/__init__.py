@@ -1,1 +1,1 @@
-"""From text to batches (L4): documents, tokenizers, token files, samples in one order."""
+"""From text to batches: documents, tokenizers, token files, samples in one order."""

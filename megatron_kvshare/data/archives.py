@@ -1,4 +1,4 @@
-"""Compressed files, to their last byte (L4): ``.xz``, ``.gz`` and ``.bz2`` of one or more streams.
+"""Compressed files, to their last byte: ``.xz``, ``.gz`` and ``.bz2`` of one or more streams.
 
 The readers of Python's library end at the first thing behind a stream that is not another one, or
 that is a damaged one, and call it the end of the file. Here every byte belongs to a stream, or to

@@ -1,5 +1,5 @@
 """What a run will read, known before anything is built: documents, tokens, samples, epochs per
-source (L4).
+source.
 """
 
 from __future__ import annotations

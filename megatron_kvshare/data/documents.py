@@ -1,4 +1,4 @@
-"""Documents from files (L4): ``.jsonl`` and plain text, either compressed (xz, gzip, bzip2).
+"""Documents from files: ``.jsonl`` and plain text, either compressed (xz, gzip, bzip2).
 
 * ``.jsonl`` / ``.json``: one JSON object per line, the text under a key (``text``), as Megatron
   reads it.

@@ -1,4 +1,4 @@
-"""Made-up samples for runs without data (L4)."""
+"""Made-up samples for runs without data."""
 
 from __future__ import annotations
 

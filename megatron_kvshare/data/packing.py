@@ -1,4 +1,4 @@
-"""Borders of packed documents inside a sequence (L4).
+"""Borders of packed documents inside a sequence.
 
 An end-of-document token belongs to the document it ends, as in megatron-core: the next token starts
 a new one.

@@ -1,4 +1,4 @@
-"""Text to token files in parallel (L4).
+"""Text to token files in parallel.
 
 Workers parse and tokenize batches of documents; the parent writes them in input order. So the files
 are the same for every number of workers, and memory is bounded by a few batches (or the longest

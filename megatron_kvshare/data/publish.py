@@ -1,5 +1,5 @@
 """Token files get their names so that a killed process never leaves a pair that does not belong
-together (L4).
+together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which documents feed training and validation, with every check before data is read (L4)."""
+"""Which documents feed training and validation, with every check before data is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An endless, randomly accessible stream of samples over blended sources (L4).
+"""An endless, randomly accessible stream of samples over blended sources.
 
 Which tokens sample ``i`` holds depends on the data, the split, the sequence length and the seed
 only: not on the length of the run, the number of processes or where a run was resumed. So a run may

@@ -1,4 +1,4 @@
-"""Checks of ``.bin/.idx`` token files before megatron-core opens them (L4)."""
+"""Checks of ``.bin/.idx`` token files before megatron-core opens them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole index of token files, checked once (L4).
+"""The whole index of token files, checked once.
 
 Layout of ``.idx`` (megatron-core's ``indexed_dataset.py``): 9 bytes magic, version (u64), dtype
 code (u8), number of sequences and of document borders (u64 each), then lengths (i32), byte offsets

@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface (L4); nothing is ever fetched from a network.
+"""Tokenizers behind one small interface; nothing is ever fetched from a network.
 
 Imports neither torch nor megatron-core, so that preprocessing workers start quickly.
 """

@@ -1,4 +1,4 @@
-"""Batches for training and validation (L4): the same ones on every number of processes."""
+"""Batches for training and validation: the same ones on every number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer on text of any shape (L4).
+"""Train a SentencePiece tokenizer on text of any shape.
 
 Settings are Llama 2's: byte-pair encoding, unknown characters as bytes, digits one by one, text
 kept as it is (no normalisation), ids 0 unknown, 1 begin, 2 end. The same input gives the same

@@ -1,4 +1,4 @@
-"""The token ids a run works with (L4)."""
+"""The token ids a run works with."""
 
 from __future__ import annotations
 

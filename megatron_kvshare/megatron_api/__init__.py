@@ -1,4 +1,4 @@
-"""The only package that imports ``megatron.core`` (L2).
+"""The only package that imports ``megatron.core``.
 
 Version differences and the CPU backend live here, so that the rest of the code reads as plain
 PyTorch.

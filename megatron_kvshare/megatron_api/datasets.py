@@ -1,4 +1,4 @@
-"""Token files and samples through megatron-core's datasets (L2).
+"""Token files and samples through megatron-core's datasets.
 
 The only module that imports ``megatron.core.datasets``. Checks belong to the ``data`` package: what
 is called here has been found sound before, because the stock classes answer bad input with endless

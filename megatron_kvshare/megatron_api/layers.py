@@ -1,4 +1,4 @@
-"""Megatron-core's parallel layers, in the shape the model uses them (L2): no bias, one output.
+"""Megatron-core's parallel layers, in the shape the model uses them: no bias, one output.
 
 Activations are ``[s, b, h]``; under sequence parallelism ``s`` is this rank's part of the sequence,
 which the column-parallel layers gather and the row-parallel layers scatter again.

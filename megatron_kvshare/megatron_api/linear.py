@@ -1,4 +1,4 @@
-"""A matrix product without tensor parallelism, whose weight gradient goes straight to DDP (L2).
+"""A matrix product without tensor parallelism, whose weight gradient goes straight to DDP.
 
 megatron-core's data-parallel wrapper keeps one fp32 buffer of gradients and adds every parameter's
 gradient to it. Writing the product ``dy^T x`` there at once spares a tensor of the weight's size,

@@ -1,4 +1,4 @@
-"""Errors that mean "no memory left" (L2), of a device or of the host."""
+"""Errors that mean "no memory left", of a device or of the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data-parallel wrapper, AdamW and the learning-rate schedule of megatron-core (L2).
+"""Data-parallel wrapper, AdamW and the learning-rate schedule of megatron-core.
 
 The gradient is the sum over the global batch's tokens divided by their number (see
 :mod:`megatron_kvshare.megatron_api.schedule`), so nothing here depends on the data-parallel size.

@@ -1,4 +1,4 @@
-"""What megatron-core's optimizers hold for each weight, whichever of them it is (L2).
+"""What megatron-core's optimizers hold for each weight, whichever of them it is.
 
 The replicated optimizer holds the state of whole local weights, the distributed one that of a range
 of their elements on every data-parallel rank; under bf16 both hold fp32 weights too. Checkpoints

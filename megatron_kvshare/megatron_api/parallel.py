@@ -1,4 +1,4 @@
-"""Process groups: from the launcher's environment to a :class:`ParallelState` (L2)."""
+"""Process groups: from the launcher's environment to a :class:`ParallelState`."""
 
 from __future__ import annotations
 

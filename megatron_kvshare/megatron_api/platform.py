@@ -1,4 +1,4 @@
-"""Where the job runs: CUDA with NCCL, or the CPU with gloo (L2).
+"""Where the job runs: CUDA with NCCL, or the CPU with gloo.
 
 megatron-core assumes a GPU in a few dozen places. :func:`activate` installs CPU stand-ins for the
 handful of ``torch.cuda`` functions it calls, once and only when no GPU is used; :func:`cpu_mode`

@@ -1,4 +1,4 @@
-"""Does megatron-core work on this machine? Questions that ``kvshare doctor`` asks (L2).
+"""Does megatron-core work on this machine? Questions that ``kvshare doctor`` asks.
 
 Everything is imported inside the functions: the doctor also runs where torch is missing.
 """

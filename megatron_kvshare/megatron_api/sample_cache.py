@@ -1,4 +1,4 @@
-"""The folder where megatron-core keeps indices of samples: whole files, or none (L2).
+"""The folder where megatron-core keeps indices of samples: whole files, or none.
 
 An index says which tokens every sample holds. megatron-core writes it in place and believes what it
 finds; here it appears complete, with the SHA-256 of its files beside, and is made again where these

@@ -1,4 +1,4 @@
-"""Forward and backward of one global batch through megatron-core's schedules (L2)."""
+"""Forward and backward of one global batch through megatron-core's schedules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From this project's configuration to megatron-core's ``TransformerConfig`` (L2)."""
+"""From this project's configuration to megatron-core's ``TransformerConfig``."""
 
 from __future__ import annotations
 

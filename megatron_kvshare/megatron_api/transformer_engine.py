@@ -1,4 +1,4 @@
-"""Optional Transformer Engine layers (L2), imported only when asked for."""
+"""Optional Transformer Engine layers, imported only when asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder (L3): Llama-shaped, with keys and values shared between layers as the sharing map
+"""The decoder: Llama-shaped, with keys and values shared between layers as the sharing map
 says.
 
 It reads as single-device code: parallelism lives inside megatron-core's linear layers and in

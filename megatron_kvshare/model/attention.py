@@ -1,4 +1,4 @@
-"""Self-attention with own or another layer's keys and values (L3). Source: arXiv 2410.14442."""
+"""Self-attention with own or another layer's keys and values. Source: arXiv 2410.14442."""
 
 from __future__ import annotations
 

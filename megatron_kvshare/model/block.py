@@ -1,4 +1,4 @@
-"""The stack of layers (L3): routes keys and values by the map, runs the sweeps of a plan.
+"""The stack of layers: routes keys and values by the map, runs the sweeps of a plan.
 
 The plan (:mod:`megatron_kvshare.sharing.plan`) is data and decides everything: which layers run,
 how often, how much of them, for which tokens, and under which sweeps gradients are kept. Source:
@@ -24,8 +24,8 @@ from megatron_kvshare.model.specs import layer_spec
 from megatron_kvshare.model.sweep import RecomputePolicy, SweepOutput, SweepRunner
 from megatron_kvshare.model.tokens import join_tokens, split_tokens
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.placement import Stage
 from megatron_kvshare.sharing.plan import Carry, ExecutionPlan, Segment, Sweep
+from megatron_kvshare.stages.placement import Stage
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
 """Adds a tensor over all ranks that run this forward together."""

@@ -1,4 +1,4 @@
-"""Attention of one interleaved token subset over the keys and values of all of them (L3).
+"""Attention of one interleaved token subset over the keys and values of all of them.
 
 Queries are the tokens ``t = i * stride + offset``, key block ``j`` holds ``u = i' * stride + j``.
 Then ``u < t`` reads ``i' <= i`` for ``j < offset`` and ``i' < i`` for the others: every pair of

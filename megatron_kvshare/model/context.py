@@ -1,4 +1,4 @@
-"""What the layers of one forward share (L3): positions and visibility of all tokens or a subset."""
+"""What the layers of one forward share: positions and visibility of all tokens or a subset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Softmax attention of queries over a producer's keys and values (L3), on torch's SDPA kernels."""
+"""Softmax attention of queries over a producer's keys and values, on torch's SDPA kernels."""
 
 from __future__ import annotations
 

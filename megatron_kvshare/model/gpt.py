@@ -1,4 +1,4 @@
-"""The language model (L3): embedding, shared-KV decoder, output head, loss; or one pipeline stage
+"""The language model: embedding, shared-KV decoder, output head, loss; or one pipeline stage
 of it."""
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megatron_kvshare.model.block import SharedKVBlock, StageTensors
 from megatron_kvshare.model.context import SequenceContexts, sequence_contexts
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.model.visibility import SequenceLayout
-from megatron_kvshare.sharing.placement import Placement, Stage
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.stages.placement import Placement, Stage
 
 
 class ModelOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""How query and KV heads are divided over the tensor-parallel ranks (L3)."""
+"""How query and KV heads are divided over the tensor-parallel ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention kernels that are called below torch's front end, and the contract of each (L3).
+"""Attention kernels that are called below torch's front end, and the contract of each.
 
 ``scaled_dot_product_attention`` checks, pads and copies before it calls a kernel; whoever calls one
 directly has to. What a kernel demands is stated here and nowhere else, and :func:`causal_kernel`

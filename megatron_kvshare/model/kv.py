@@ -1,4 +1,4 @@
-"""Keys and values on their way between layers (L3)."""
+"""Keys and values on their way between layers."""
 
 from __future__ import annotations
 

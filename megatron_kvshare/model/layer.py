@@ -1,4 +1,4 @@
-"""One decoder layer (L3): attention over own or shared keys and values, then SwiGLU."""
+"""One decoder layer: attention over own or shared keys and values, then SwiGLU."""
 
 from __future__ import annotations
 

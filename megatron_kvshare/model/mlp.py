@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward (L3). Source: arXiv 2002.05202."""
+"""SwiGLU feed-forward. Source: arXiv 2002.05202."""
 
 from __future__ import annotations
 

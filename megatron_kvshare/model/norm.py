@@ -1,4 +1,4 @@
-"""RMSNorm (L3): the fused kernel on GPUs, one lean autograd node on the CPU."""
+"""RMSNorm: the fused kernel on GPUs, one lean autograd node on the CPU."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The parameter map (L3): every local weight as parts of true, named, full tensors.
+"""The parameter map: every local weight as parts of true, named, full tensors.
 
-:func:`parameter_pieces` applies the table of :mod:`megatron_kvshare.sharing.weights` to one rank's
+:func:`parameter_pieces` applies the table of :mod:`megatron_kvshare.costs.weights` to one rank's
 parameters. Initialisation, checkpoints and comparisons across layouts ask it; nobody else knows how
 weights are fused or split.
 """
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_kvshare.costs.weights import Init, Split, Weight
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.heads import HeadLayout
-from megatron_kvshare.sharing.weights import Init, Split, Weight
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (L3), in the half-rotated layout of Llama checkpoints.
+"""Rotary position embedding, in the half-rotated layout of Llama checkpoints.
 
 Source: RoFormer (arXiv 2104.09864); long-context scaling as in Llama 3.1.
 """

@@ -1,4 +1,4 @@
-"""Which implementation each part of a layer uses (L3): chosen by ``--transformer-impl``."""
+"""Which implementation each part of a layer uses: chosen by ``--transformer-impl``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One sweep over the layers of a segment (L3): visits, their keys and values, recomputation."""
+"""One sweep over the layers of a segment: visits, their keys and values, recomputation."""
 
 from __future__ import annotations
 

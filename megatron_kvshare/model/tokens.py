@@ -1,4 +1,4 @@
-"""Interleaved token subsets (L3): what a strided sweep visits one after another."""
+"""Interleaved token subsets: what a strided sweep visits one after another."""
 
 from __future__ import annotations
 

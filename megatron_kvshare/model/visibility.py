@@ -1,4 +1,4 @@
-"""Which keys a query sees (L3): causal or strictly causal, inside a window, inside a document.
+"""Which keys a query sees: causal or strictly causal, inside a window, inside a document.
 
 What only the order of tokens restricts carries no mask, as far as the kernels know the order. A
 mask is built once per forward for each kind of layer the map has, and shared by the layers.

@@ -1,1 +1,1 @@
-"""Who writes to a place (L1): one process at a time, on shared file systems and across crashes."""
+"""Who writes to a place: one process at a time, on shared file systems and across crashes."""

@@ -1,4 +1,4 @@
-"""Names under which results are written before they get their own (L1): no two writers share one,
+"""Names under which results are written before they get their own: no two writers share one,
 so what a killed one left is never part of what another writes; and what puts them on the disk."""
 
 from __future__ import annotations

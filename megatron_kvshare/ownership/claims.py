@@ -1,4 +1,4 @@
-"""Claims on a place (L1): files ``NAME.lock.1``, ``NAME.lock.2``, ... of which the highest owns.
+"""Claims on a place: files ``NAME.lock.1``, ``NAME.lock.2``, ... of which the highest owns.
 
 No claim is ever changed or replaced. It is written under a name of its own and published by a hard
 link, which exactly one of several processes can make, on network file systems too. To take a place

@@ -1,4 +1,4 @@
-"""Taking a place, keeping it and giving it back (L1).
+"""Taking a place, keeping it and giving it back.
 
 The owner touches its claim every few seconds. A newcomer takes over at once where the owner is
 certainly gone, else it watches for three of these heartbeats, by its own clock: no two machines'

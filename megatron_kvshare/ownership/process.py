@@ -1,4 +1,4 @@
-"""A process that other machines can name, and whether one still lives (L1)."""
+"""A process that other machines can name, and whether one still lives."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pipeline stages (L4): what travels between them, and the chunks that schedules run."""
+"""Pipeline stages: what travels between them, and the chunks that schedules run."""

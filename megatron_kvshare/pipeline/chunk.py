@@ -1,4 +1,4 @@
-"""One stage of the model as megatron-core's schedules want it (L4)."""
+"""One stage of the model as megatron-core's schedules want it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_kvshare.model.gpt import ModelOutput
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.pipeline.payload import PayloadFormat
 from megatron_kvshare.pipeline.runner import Pass, Sums, token_sums
-from megatron_kvshare.sharing.placement import PayloadShape, Placement, Stage, boundary_widths
+from megatron_kvshare.stages.placement import PayloadShape, Placement, Stage, boundary_widths
 
 
 class StageChunk(nn.Module):

@@ -1,4 +1,4 @@
-"""Runs the tasks of a schedule on one rank, forward and backward (L4).
+"""Runs the tasks of a schedule on one rank, forward and backward.
 
 Every value is cut out of its task's graph: readers get a leaf, backward of a reader leaves its
 gradient there, and when all readers are through, the maker's backward starts from the sum. Across
@@ -18,9 +18,9 @@ from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.pipeline.payload import own_part, spread_part
 from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput, Tensors, run_task
 from megatron_kvshare.pipeline.transport import Transport
-from megatron_kvshare.sharing.messages import Message, MessagePlan
-from megatron_kvshare.sharing.order import Action
-from megatron_kvshare.sharing.tasks import Key, Task
+from megatron_kvshare.stages.messages import Message, MessagePlan
+from megatron_kvshare.stages.order import Action
+from megatron_kvshare.stages.tasks import Key, Task
 
 Shapes = Sequence[tuple[int, ...]]
 """Of the tensors of one value."""

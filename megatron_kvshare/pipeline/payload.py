@@ -1,4 +1,4 @@
-"""Hidden states and the keys and values of later stages, packed into one tensor (L4).
+"""Hidden states and the keys and values of later stages, packed into one tensor.
 
 Megatron-core's schedules move one 3-D tensor per cut and bring its gradient back. A payload is
 ``[rows, b, width]``: hidden states, then for every producer its keys and values. Rows are the

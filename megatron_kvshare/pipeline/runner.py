@@ -1,4 +1,4 @@
-"""What runs a global batch through the stages of a rank, and the sums that come out (L4).
+"""What runs a global batch through the stages of a rank, and the sums that come out.
 
 Two runners, by what the map needs: stages one after another, by megatron-core's schedules
 (:mod:`~megatron_kvshare.pipeline.schedule_runner`), or sweeps round the pipeline, where cyclic

@@ -1,4 +1,4 @@
-"""Stages one after another, by megatron-core's schedules (L4)."""
+"""Stages one after another, by megatron-core's schedules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_kvshare.megatron_api.optimizer import Models
 from megatron_kvshare.megatron_api.schedule import run_schedule
 from megatron_kvshare.pipeline.chunk import StageChunk, stage_formats
 from megatron_kvshare.pipeline.runner import Pass, Sums
-from megatron_kvshare.sharing.placement import PayloadShape, Placement
+from megatron_kvshare.stages.placement import PayloadShape, Placement
 
 
 class ScheduleRunner:

@@ -1,5 +1,5 @@
-"""What a task of :mod:`megatron_kvshare.sharing.tasks` computes, on the model stage it belongs to
-(L4)."""
+"""What a task of :mod:`megatron_kvshare.stages.tasks` computes, on the model stage it belongs
+to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.kv import KV, KVBlocks, residual
 from megatron_kvshare.model.tokens import join_tokens, split_tokens
 from megatron_kvshare.sharing.plan import Carry
-from megatron_kvshare.sharing.tasks import Key, Kind, Sources, Task
+from megatron_kvshare.stages.tasks import Key, Kind, Sources, Task
 
 Tensors = tuple[torch.Tensor, ...]
 Values = Mapping[Key, Tensors]

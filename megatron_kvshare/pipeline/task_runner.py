@@ -1,4 +1,4 @@
-"""Forward and backward of a global batch where cyclic groups span pipeline stages (L4): the tasks
+"""Forward and backward of a global batch where cyclic groups span pipeline stages: the tasks
 of their sweeps go round the pipeline."""
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatron_kvshare.pipeline.executor import Shapes, StageExecutor
 from megatron_kvshare.pipeline.runner import Pass, Sums, token_sums
 from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput
 from megatron_kvshare.pipeline.transport import Transport
-from megatron_kvshare.sharing.messages import Message, MessagePlan
-from megatron_kvshare.sharing.order import Action, best_schedule
-from megatron_kvshare.sharing.placement import PayloadShape, Placement
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.task_cost import task_graph
-from megatron_kvshare.sharing.tasks import Key, Kind, Task
-from megatron_kvshare.sharing.traffic import tokens_of
+from megatron_kvshare.stages.messages import Message, MessagePlan
+from megatron_kvshare.stages.order import Action, best_schedule
+from megatron_kvshare.stages.placement import PayloadShape, Placement
+from megatron_kvshare.stages.task_cost import task_graph
+from megatron_kvshare.stages.tasks import Key, Kind, Task
+from megatron_kvshare.stages.traffic import tokens_of
 
 
 class _Taken(NamedTuple):

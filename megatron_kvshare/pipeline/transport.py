@@ -1,4 +1,4 @@
-"""Messages of a plan on their way between the ranks of a pipeline (L4)."""
+"""Messages of a plan on their way between the ranks of a pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megatron_kvshare.sharing.messages import Message, MessagePlan
+from megatron_kvshare.stages.messages import Message, MessagePlan
 
 
 class Transport:

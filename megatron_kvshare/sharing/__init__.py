@@ -1,1 +1,1 @@
-"""Cross-layer KV sharing as data: maps, patterns, sweep plans and costs (L1, pure Python)."""
+"""Cross-layer KV sharing as data: maps, patterns, recipes and plans of sweeps (no torch)."""

@@ -1,4 +1,4 @@
-"""The sharing map: which layer's keys and values every layer reads (L1, no torch).
+"""The sharing map: which layer's keys and values every layer reads (no torch).
 
 Everything else (attention masks, sweep plans, costs, checkpoint names, caches) asks this object.
 """

@@ -1,4 +1,4 @@
-"""Maps named partition-position, for example ``sandwich-top`` (L1, no torch).
+"""Maps named partition-position, for example ``sandwich-top`` (no torch).
 
 A partition cuts the layers into sharing groups, a position picks each group's target. The nine
 named configurations are {pizza, sandwich, lasagna} x {bottom, middle, top} of arXiv 2410.14442,

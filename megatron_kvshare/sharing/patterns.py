@@ -1,4 +1,4 @@
-"""From flags to a sharing map: every named pattern and explicit strings (L1, no torch)."""
+"""From flags to a sharing map: every named pattern and explicit strings (no torch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The execution plan of a sharing map: in which order, and how often, layers run (L1, no torch).
+"""The execution plan of a sharing map: in which order, and how often, layers run (no torch).
 
 The model executes this data and decides nothing itself. :mod:`megatron_kvshare.sharing.solver`
 makes plans.

@@ -1,4 +1,4 @@
-"""Maps published under a name of their own, such as CLA, LCKV and YOCO (L1, no torch)."""
+"""Maps published under a name of their own, such as CLA, LCKV and YOCO (no torch)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a cyclic group is solved: recipes, and the sweep plans they make (L1, no torch).
+"""How a cyclic group is solved: recipes, and the sweep plans they make (no torch).
 
 The KV that upward layers read depends on those layers themselves: a fixed point. A recipe says how
 it is approached. ``jacobi`` (arXiv 2410.14442, section 3.3) lets every token read the KV of the

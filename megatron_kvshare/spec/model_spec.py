@@ -1,4 +1,4 @@
-"""What a model is, apart from its weights (L2, no torch): the common ground of training, native
+"""What a model is, apart from its weights (no torch): the common ground of training, native
 checkpoints and Hugging Face folders."""
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_kvshare.config import ModelConfig, SharingConfig
 from megatron_kvshare.config.derive import recipe, sharing_map
+from megatron_kvshare.costs.shape import ModelShape
+from megatron_kvshare.costs.weights import Held, Weight, stage_weights, weights
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
-from megatron_kvshare.sharing.weights import Held, Weight, stage_weights, weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a configuration comes to on a number of processes: derived once (L2, no torch)."""
+"""What a configuration comes to on a number of processes: derived once (no torch)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_kvshare.config.derive import (
     sharing_map,
     training_plan,
 )
-from megatron_kvshare.sharing.memory import TrainingLayout, TrainingMemory, training_memory
-from megatron_kvshare.sharing.placement import PayloadShape, Placement
+from megatron_kvshare.costs.memory import TrainingLayout, TrainingMemory, training_memory
 from megatron_kvshare.sharing.plan import ExecutionPlan
-from megatron_kvshare.sharing.rank_memory import on_fullest_rank
 from megatron_kvshare.sharing.solver import Recipe
 from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.stages.placement import PayloadShape, Placement
+from megatron_kvshare.stages.rank_memory import on_fullest_rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""Training (L5): setup, the loop, one step, evaluation, anomalies and metrics."""
+"""Training: setup, the loop, one step, evaluation, anomalies and metrics."""

@@ -1,4 +1,4 @@
-"""Steps and runs that go wrong (L5): NaN and Inf, sudden jumps of the loss, divergence.
+"""Steps and runs that go wrong: NaN and Inf, sudden jumps of the loss, divergence.
 
 Three policies, each ``--...-policy``: a step with NaN or Inf and a loss that jumps must not change
 the weights (``nan``, ``loss-spike``); a run that diverges has changed them already, and says so

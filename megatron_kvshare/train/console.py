@@ -1,4 +1,4 @@
-"""The log of a run on the terminal (L5)."""
+"""The log of a run on the terminal."""
 
 from __future__ import annotations
 

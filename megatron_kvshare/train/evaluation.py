@@ -1,4 +1,4 @@
-"""Validation during a run, and how far it is from exact (L5)."""
+"""Validation during a run, and how far it is from exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learning rate where a run goes on with other flags (L5): it must not jump unseen."""
+"""The learning rate where a run goes on with other flags: it must not jump unseen."""
 
 from __future__ import annotations
 

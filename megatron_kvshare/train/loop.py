@@ -1,4 +1,4 @@
-"""The training loop (L5), whole."""
+"""The training loop, whole."""
 
 from __future__ import annotations
 

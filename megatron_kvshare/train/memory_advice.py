@@ -1,4 +1,4 @@
-"""Flags that make a run need less memory (L5), with what each does to the estimate."""
+"""Flags that make a run need less memory, with what each does to the estimate."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.config.pretrain import layout_faults
 from megatron_kvshare.config.settings import flag_of
+from megatron_kvshare.costs.memory import TrainingMemory
 from megatron_kvshare.megatron_api.memory import Shortage
-from megatron_kvshare.sharing.memory import TrainingMemory
 from megatron_kvshare.sharing.solver import DEFAULT_RECIPE
 from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.spec.run_plan import RunPlan

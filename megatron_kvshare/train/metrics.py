@@ -1,4 +1,4 @@
-"""The one path of metrics (L5): a step's results and speed become a record for the sinks."""
+"""The one path of metrics: a step's results and speed become a record for the sinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank that has to leave ends all ranks (L5), wherever the others are.
+"""A rank that has to leave ends all ranks, wherever the others are.
 
 They wait in a collective for the one that leaves, so it puts a note into the store of the launcher.
 A thread of every rank looks for one and ends its process: nothing else can leave a collective.

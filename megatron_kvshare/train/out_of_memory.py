@@ -1,4 +1,4 @@
-"""Out of memory (L5): one message, with the estimate by part and what would help, ends all ranks.
+"""Out of memory: one message, with the estimate by part and what would help, ends all ranks.
 
 Nothing is saved: that takes memory, and the ranks are in the middle of a step. The newest
 checkpoint is the one to go on from.

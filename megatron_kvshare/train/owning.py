@@ -1,4 +1,4 @@
-"""One run writes to a ``--save`` folder and to a metrics file (L5): the first rank owns both."""
+"""One run writes to a ``--save`` folder and to a metrics file: the first rank owns both."""
 
 from __future__ import annotations
 

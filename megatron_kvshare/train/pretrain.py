@@ -1,14 +1,14 @@
-"""A pretraining run from start to end (L5); process groups are made and destroyed elsewhere."""
+"""A pretraining run from start to end; process groups are made and destroyed elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 from functools import partial
 
+from megatron_kvshare.costs.cost import train_flops_per_token
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.output import say
 from megatron_kvshare.ownership.owner import HEARTBEAT
-from megatron_kvshare.sharing.cost import train_flops_per_token
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import report
 from megatron_kvshare.train.agreement import StopWish, stop_wish, together

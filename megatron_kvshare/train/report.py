@@ -1,4 +1,4 @@
-"""What a run says before it starts and after it has ended (L5), as text."""
+"""What a run says before it starts and after it has ended, as text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import NamedTuple
 
 from megatron_kvshare.checkpoint.manifest import Health
 from megatron_kvshare.config.describe import describe
+from megatron_kvshare.costs import cost
+from megatron_kvshare.costs.memory import TrainingMemory
+from megatron_kvshare.costs.weights import parameters_by_part
 from megatron_kvshare.data.data_plan import DataPlan
-from megatron_kvshare.sharing import cost, draw
-from megatron_kvshare.sharing.draw_stages import stage_lines
-from megatron_kvshare.sharing.memory import TrainingMemory
 from megatron_kvshare.sharing.solver import recipe_name
-from megatron_kvshare.sharing.weights import parameters_by_part
 from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.tables import maps as draw
+from megatron_kvshare.tables.stages import stage_lines
 from megatron_kvshare.train.learning_rate import commands_to_train_on, without
 from megatron_kvshare.train.metrics import perplexity
 from megatron_kvshare.train.run import Run

@@ -1,4 +1,4 @@
-"""Everything a training run holds, and what a step is told and tells (L5)."""
+"""Everything a training run holds, and what a step is told and tells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run saves (L5), and what a save that fails means for it."""
+"""When a run saves, and what a save that fails means for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to a :class:`Run` (L5), in named steps."""
+"""From a configuration to a :class:`Run`, in named steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where metrics go (L5): console, JSON lines, TensorBoard, wandb; all get the same records.
+"""Where metrics go: console, JSON lines, TensorBoard, wandb; all get the same records.
 
 None of them may cost a step or a checkpoint: what fails is told once and left out.
 """

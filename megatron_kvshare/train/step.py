@@ -1,4 +1,4 @@
-"""One optimizer step, top to bottom (L5)."""
+"""One optimizer step, top to bottom."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that hang or die (L5): the job ends within ``--distributed-timeout-minutes`` and says which
+"""Ranks that hang or die: the job ends within ``--distributed-timeout-minutes`` and says which
 rank it was, in which step.
 
 A thread of every rank writes signs of life to the store of the launcher. A rank that has not moved

@@ -27,8 +27,8 @@ from megatron_kvshare.model.parameters import gather_by_name
 from megatron_kvshare.model.sweep import SweepRunner
 from megatron_kvshare.pipeline.payload import PayloadFormat
 from megatron_kvshare.pipeline.transport import Transport
-from megatron_kvshare.sharing.messages import Message
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.stages.messages import Message
 from megatron_kvshare.train import evaluation
 from megatron_kvshare.train.evaluation import Evaluation
 from megatron_kvshare.train.run import Run

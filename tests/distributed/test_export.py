@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_kvshare.checkpoint.stored import open_checkpoint
 from megatron_kvshare.config import CheckpointConfig
-from megatron_kvshare.huggingface.export import ExportJob, export
+from megatron_kvshare.conversion.export import ExportJob, export
 from megatron_kvshare.model.parameters import gather_by_name
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import saving, setup

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Start
-from megatron_kvshare.sharing.traffic import bytes_sent
+from megatron_kvshare.stages.traffic import bytes_sent
 from tests.distributed import jobs
 from tests.distributed.jobs import Case, Trained
 from tests.distributed.test_parallel import SHARDED, assert_same_training

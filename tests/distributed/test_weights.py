@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kvshare.sharing.weights import stage_parameters
+from megatron_kvshare.costs.weights import stage_parameters
 from tests.distributed import jobs
 from tests.distributed.jobs import Case
 from tests.distributed.world import Layout, World

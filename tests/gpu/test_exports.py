@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_kvshare import load_model
 from megatron_kvshare.checkpoint.stored import open_checkpoint
-from megatron_kvshare.huggingface.export import ExportJob, export
-from megatron_kvshare.inference.api import LoadedModel
+from megatron_kvshare.conversion.export import ExportJob, export
+from megatron_kvshare.evaluation.api import LoadedModel
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.context import BLOCKWISE_FROM
 from megatron_kvshare.model.gpt import KVShareGPT

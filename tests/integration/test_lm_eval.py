@@ -63,8 +63,8 @@ def scores(folder: Path, tasks: Path, out: Path, limit: int, *flags: str) -> dic
 
 
 def tokenized(folder: Path, corpus_tokenizer: Path) -> Path:
+    from megatron_kvshare.conversion.tokenizer import write_tokenizer
     from megatron_kvshare.data.tokenizers import SentencePieceTokenizer
-    from megatron_kvshare.huggingface.tokenizer import write_tokenizer
 
     write_tokenizer(SentencePieceTokenizer(corpus_tokenizer), corpus_tokenizer, folder)
     return folder

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from megatron_kvshare import load_model
 from megatron_kvshare.cli.main import main
-from megatron_kvshare.huggingface.folder import read_json
-from megatron_kvshare.huggingface.settings import shape_flags
+from megatron_kvshare.conversion.folder import read_json
+from megatron_kvshare.conversion.settings import shape_flags
 from tests.integration.conftest import ROOT
 
 pytestmark = [pytest.mark.nightly, pytest.mark.download]

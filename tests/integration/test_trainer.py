@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kvshare.huggingface import export
+from megatron_kvshare.conversion import export
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
 from tests.huggingface import write_folder

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
+from megatron_kvshare.conversion.exported.modeling_kvshare import KVShareForCausalLM
 from tests.llama import LIMIT, ROPES, TOKENS, llama, ours, scaled
 from tests.product import random_tokens
 

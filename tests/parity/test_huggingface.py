@@ -309,7 +309,7 @@ def test_the_suite_sees_a_leak(tokens, monkeypatch):
     weights = TINY.weights(sharing)
     exact = token_by_token(exported(sharing, weights), tokens)
     model = exported(sharing, weights, jacobi(LENGTH - 1, 1))
-    from megatron_kvshare.huggingface import modeling_kvshare
+    from megatron_kvshare.conversion.exported import modeling_kvshare
 
     right = modeling_kvshare.NewTokens._visible
     monkeypatch.setattr(

@@ -24,7 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import TransformersKwargs
 
-from megatron_kvshare.huggingface.modeling_kvshare import KVShareForCausalLM
+from megatron_kvshare.conversion.exported.modeling_kvshare import KVShareForCausalLM
 from megatron_kvshare.sharing.patterns import build_map
 from tests.huggingface import TINY, exported
 from tests.llama import LIMIT, ROPES, SHAPE, TOKENS, llama, ours, scaled

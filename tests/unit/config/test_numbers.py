@@ -16,8 +16,8 @@ from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.config.types import Bytes, Count, Index, Layers, Minutes, Seconds, Seed
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.megatron_api.datasets import Part, split_ranges
-from megatron_kvshare.sharing.layout import parse_layout
 from megatron_kvshare.sharing.patterns import build_map
+from megatron_kvshare.stages.layout import parse_layout
 
 MOCK = "--mock-data --vocab-size 100 --num-layers 4 --hidden-size 64 --num-attention-heads 4"
 

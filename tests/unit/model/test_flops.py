@@ -11,15 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megatron_kvshare.config import ParallelConfig
+from megatron_kvshare.costs.work import head_work, segment_work
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.block import StageTensors
 from megatron_kvshare.model.gpt import KVShareGPT, build_stages
 from megatron_kvshare.model.kv import KV
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.solver import RECIPES, Recipe, solver_plan
-from megatron_kvshare.sharing.work import head_work, segment_work
+from megatron_kvshare.stages.placement import Placement
 from tests.product import Tiny
 from tests.recipes import jacobi, strided
 

@@ -8,15 +8,15 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_kvshare.config import ParallelConfig, TrainConfig
+from megatron_kvshare.costs.weights import parameters, parameters_by_part, stage_parameters
 from megatron_kvshare.megatron_api.optimizer import build_optimizer, wrap_stages
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT, build_stages
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.placement import Placement
 from megatron_kvshare.sharing.solver import jacobi_plan
-from megatron_kvshare.sharing.weights import parameters, parameters_by_part, stage_parameters
 from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.stages.placement import Placement
 from tests.product import Tiny
 
 # No padding: every element of a module is one of the model.

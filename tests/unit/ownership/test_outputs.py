@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_kvshare.cli.main import main
+from megatron_kvshare.conversion.export import written_aside
 from megatron_kvshare.errors import EXIT_USER_ERROR, CheckpointError, OwnershipError
-from megatron_kvshare.huggingface.export import written_aside
 from megatron_kvshare.ownership.aside import aside, remove_leftovers
 from megatron_kvshare.ownership.owner import file_place, take
 

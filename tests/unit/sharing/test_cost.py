@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_kvshare.sharing import cost
+from megatron_kvshare.costs import cost
+from megatron_kvshare.costs.memory import TrainingLayout, training_memory
+from megatron_kvshare.costs.shape import ModelShape
+from megatron_kvshare.costs.weights import parameters
+from megatron_kvshare.costs.work import step_flops, visible_pairs
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.memory import TrainingLayout, training_memory
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import LayerStep, StepMode
-from megatron_kvshare.sharing.shape import ModelShape
 from megatron_kvshare.sharing.solver import RECIPES, jacobi_plan, solver_plan
-from megatron_kvshare.sharing.weights import parameters
-from megatron_kvshare.sharing.work import step_flops, visible_pairs
 from tests.unit.sharing.strategies import NINE, sharing_maps
 
 TINY_LLAMA = ModelShape(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_kvshare.errors import ConfigError
-from megatron_kvshare.sharing.layout import (
+from megatron_kvshare.stages.layout import (
     even_ish,
     even_layout,
     layout_text,

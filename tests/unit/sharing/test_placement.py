@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_kvshare.costs.memory import TrainingMemory
+from megatron_kvshare.costs.shape import ModelShape
+from megatron_kvshare.costs.weights import parameters, stage_parameters
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.memory import TrainingMemory
-from megatron_kvshare.sharing.messages import MessagePlan
-from megatron_kvshare.sharing.order import Action, best_schedule, lower_bound, makespan
 from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.placement import (
+from megatron_kvshare.sharing.solver import RECIPES, Recipe, Start, solver_plan
+from megatron_kvshare.stages.messages import MessagePlan
+from megatron_kvshare.stages.order import Action, best_schedule, lower_bound, makespan
+from megatron_kvshare.stages.placement import (
     PayloadShape,
     Placement,
     boundary_widths,
 )
-from megatron_kvshare.sharing.rank_memory import on_fullest_rank
-from megatron_kvshare.sharing.shape import ModelShape
-from megatron_kvshare.sharing.solver import RECIPES, Recipe, Start, solver_plan
-from megatron_kvshare.sharing.task_cost import task_graph
-from megatron_kvshare.sharing.tasks import tasks_of
-from megatron_kvshare.sharing.weights import parameters, stage_parameters
+from megatron_kvshare.stages.rank_memory import on_fullest_rank
+from megatron_kvshare.stages.task_cost import task_graph
+from megatron_kvshare.stages.tasks import tasks_of
 from tests.unit.sharing.strategies import recipes, sharing_maps
 
 SHAPE = ModelShape(

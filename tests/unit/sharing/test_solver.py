@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_kvshare.costs.cost import prefill_work
 from megatron_kvshare.errors import MapError
-from megatron_kvshare.sharing.cost import prefill_work
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.plan import Carry, LayerStep, Segment, StepMode, Sweep

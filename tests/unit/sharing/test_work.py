@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_kvshare.sharing import cost
-from megatron_kvshare.sharing.draw_stages import stage_work
-from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.placement import PayloadShape, Placement
-from megatron_kvshare.sharing.plan import Carry, LayerStep, StepMode, Sweep, Visit
-from megatron_kvshare.sharing.shape import ModelShape
-from megatron_kvshare.sharing.solver import RECIPES, Recipe, Solver, Start, solver_plan
-from megatron_kvshare.sharing.task_cost import task_graph
-from megatron_kvshare.sharing.work import (
+from megatron_kvshare.costs import cost
+from megatron_kvshare.costs.shape import ModelShape
+from megatron_kvshare.costs.work import (
     carry_work,
     finish_work,
     head_work,
@@ -25,6 +18,13 @@ from megatron_kvshare.sharing.work import (
     step_flops,
     visit_work,
 )
+from megatron_kvshare.sharing.map import SharingMap
+from megatron_kvshare.sharing.patterns import build_map
+from megatron_kvshare.sharing.plan import Carry, LayerStep, StepMode, Sweep, Visit
+from megatron_kvshare.sharing.solver import RECIPES, Recipe, Solver, Start, solver_plan
+from megatron_kvshare.stages.placement import PayloadShape, Placement
+from megatron_kvshare.stages.task_cost import task_graph
+from megatron_kvshare.tables.stages import stage_work
 from tests.unit.sharing.strategies import recipes, sharing_maps
 
 

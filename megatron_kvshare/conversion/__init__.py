@@ -1,0 +1,1 @@
+"""Hugging Face folders: written, read and proven equal to the native model."""

@@ -1,0 +1,1 @@
+"""The two files that travel with exports; nothing here imports the package."""

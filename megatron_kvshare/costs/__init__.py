@@ -1,0 +1,1 @@
+"""The shape of a model, the table of its tensors, and what both cost: FLOPs, cache, memory."""

@@ -1,0 +1,89 @@
+"""How much memory one rank of a training run needs, estimated without building anything.
+
+Weights, gradients and optimizer state are exact up to padding and the (tiny) norms; activations are
+what the layers hand to backward, so the true peak is somewhat higher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_kvshare.costs.shape import ModelShape
+from megatron_kvshare.costs.weights import parameters
+from megatron_kvshare.sharing.plan import ExecutionPlan, StepMode
+
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingLayout:
+    """How the run is laid out, with Megatron's names."""
+
+    micro_batch_size: int
+    tensor_model_parallel_size: int = 1
+    data_parallel_size: int = 1
+    use_distributed_optimizer: bool = False
+    sequence_parallel: bool = False
+    bf16: bool = False
+    recompute_full: bool = False
+
+    @property
+    def bytes_per_element(self) -> int:
+        return 2 if self.bf16 else _FP32_BYTES
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def training_memory(
+    shape: ModelShape, plan: ExecutionPlan, layout: TrainingLayout
+) -> TrainingMemory:
+    """Estimate for one rank: fp32 gradients and moments; bf16 adds an fp32 copy of the weights."""
+    owned = -(-parameters(shape, plan.map) // layout.tensor_model_parallel_size)
+    state = owned * _FP32_BYTES * (3 if layout.bf16 else 2)
+    if layout.use_distributed_optimizer:
+        state = -(-state // layout.data_parallel_size)
+    tokens = layout.micro_batch_size * shape.seq_length
+    logits = tokens * shape.vocab_size // layout.tensor_model_parallel_size
+    return TrainingMemory(
+        weights=owned * layout.bytes_per_element,
+        gradients=owned * _FP32_BYTES,
+        optimizer=state,
+        activations=tokens * _activation_elements(shape, plan, layout) * layout.bytes_per_element,
+        logits=logits * (layout.bytes_per_element + _FP32_BYTES),  # as computed and as softmax
+    )
+
+
+def _activation_elements(shape: ModelShape, plan: ExecutionPlan, layout: TrainingLayout) -> int:
+    """Elements per token kept for backward: only gradient sweeps keep any."""
+    ranks = layout.tensor_model_parallel_size
+    hidden = shape.hidden_size // (ranks if layout.sequence_parallel else 1)
+    keys_and_values = 2 * shape.kv_width // ranks
+    # Per part: what enters its norm, what leaves it, and what the part keeps in between.
+    attention = 2 * hidden + 2 * shape.query_width // ranks
+    mlp = 2 * hidden + 4 * shape.ffn_hidden_size // ranks  # gate, up, silu(gate), product
+    kept = 0.0
+    for segment in plan.segments:
+        for sweep in (each for each in segment.sweeps if each.gradient):
+            for step, share in sweep.weighted_steps:
+                makes_kv = step.mode in (StepMode.FULL, StepMode.KV_ONLY)
+                owns_kv = makes_kv and plan.map.is_producer(step.layer)
+                part = keys_and_values if owns_kv else 0
+                if step.mode is StepMode.KV_ONLY or layout.recompute_full:
+                    part += hidden
+                else:
+                    part += mlp + (0 if step.mode is StepMode.NO_ATTENTION else attention)
+                kept += share * part
+    return round(kept) + (attention + mlp if layout.recompute_full else 0)

@@ -1,0 +1,1 @@
+"""Trained models in use: loaded whole in one process, scored, evaluated."""

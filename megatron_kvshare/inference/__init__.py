@@ -1,1 +1,0 @@
-"""Trained models in use (L6): loaded whole in one process, scored, evaluated."""

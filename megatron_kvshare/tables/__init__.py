@@ -1,0 +1,1 @@
+"""Maps, plans and stages as text for people."""
