@@ -78,6 +78,7 @@ class _Reader:
         self.values: dict[str, Any] = {}
         self.where: dict[str, str] = {}
         self.faults: list[Fault] = []
+        self.megatron_faults: dict[str, Fault] = {}
         self.faulty: set[str] = set()
         self.file_was_read = True  # without it most settings are unknown, and no rule can be judged
 
@@ -100,6 +101,7 @@ class _Reader:
         for given in arguments:
             if given.key != "config":
                 self._take(given)
+        self.faults += self.megatron_faults.values()
 
     def _take(self, given: Given) -> None:
         setting = self.settings.get(RENAMED.get(given.key, given.key))
@@ -128,6 +130,9 @@ class _Reader:
             self.values[setting.name] = given.values if setting.is_list else given.values[0]
 
     def _megatron(self, given: Given) -> None:
+        self.megatron_faults.pop(
+            given.key, None
+        )  # the last of repeated flags is the one that counts
         values = given.values or ()
         if given.from_file and values in (("true",), ("True",)):
             values = ()
@@ -135,7 +140,7 @@ class _Reader:
             return  # a Megatron feature that is not asked for
         fault = megatron_fault(given.where, self.command.megatron[given.key], values)
         if fault is not None:
-            self.faults.append(fault)
+            self.megatron_faults[given.key] = fault
 
     def _unknown(self, given: Given) -> Fault:
         known = ["config", "help", *self.settings, *self.negatives, *self.command.megatron]

@@ -19,8 +19,6 @@ class DataConfig:
     """Training data only, instead of --data-path with --split."""
     valid_data_path: tuple[str, ...] = ()
     """Validation data only."""
-    test_data_path: tuple[str, ...] = ()
-    """Test data only."""
     split: str = "969,30,1"
     """Shares of training, validation and test documents of --data-path."""
     data_cache_path: str | None = None

@@ -13,10 +13,14 @@ from megatron_kvshare.errors import Fault
 
 @dataclass(frozen=True)
 class Accepted:
-    """Not needed. ``values`` are those that hold here; None: any; empty: the flag is a switch."""
+    """Not needed. ``values`` are those that hold here; None: any; empty: the flag is a switch.
+
+    ``fix`` is what to do instead of another value; empty: to write the first one, or nothing.
+    """
 
     values: tuple[str, ...] | None = ()
     rule: str = "is always on"
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ _VIRTUAL = Refused(
 _MOE = Refused("mixture of experts is not supported", "leave it out: every layer is dense")
 _FP16 = Refused("fp16 and its loss scaling are not supported", "use --bf16, or neither for fp32")
 _FP8 = Refused("8-bit training is not supported", "use --bf16")
+_NO_DROPOUT = "dropout is not supported, and with a cyclic map every sweep would see another mask"
 _SAMPLES = "the length of a run is counted in optimizer steps"
 
 _ACCEPTED: dict[str, Accepted] = {
@@ -51,7 +56,7 @@ _ACCEPTED: dict[str, Accepted] = {
     "no_position_embedding": _ON,
     "normalization": Accepted(("RMSNorm",), "the model uses RMSNorm only"),
     "position_embedding_type": Accepted(("rope",), "the model uses rotary embeddings only"),
-    "rotary_percent": Accepted(("1.0", "1"), "the whole head is rotated"),
+    "rotary_percent": Accepted(("1.0",), "the whole head is rotated"),
     "use_mcore_models": _ON,
     "use_flash_attn": _ON,
     "attention_backend": Accepted(
@@ -60,9 +65,16 @@ _ACCEPTED: dict[str, Accepted] = {
     "attention_softmax_in_fp32": _ON,
     "accumulate_allreduce_grads_in_fp32": _ON,
     "calculate_per_token_loss": _ON,
+    "attention_dropout": Accepted(("0",), _NO_DROPOUT, "use --attention-dropout 0 or leave it out"),
+    "hidden_dropout": Accepted(("0",), _NO_DROPOUT, "use --hidden-dropout 0 or leave it out"),
+    "context_parallel_size": Accepted(
+        ("1",),
+        "it is not supported",
+        "use --context-parallel-size 1 and spread the model with --tensor-model-parallel-size",
+    ),
     "optimizer": Accepted(("adam",), "the optimizer is AdamW"),
     "weight_decay_incr_style": Accepted(("constant",), "weight decay is constant"),
-    "lr_warmup_init": Accepted(("0", "0.0"), "warm-up starts at 0"),
+    "lr_warmup_init": Accepted(("0",), "warm-up starts at 0"),
     "recompute_modules": Accepted(("core_attn",), "selective recompute covers core attention"),
     "ckpt_format": Accepted(("torch_dist",), "checkpoints are distributed torch checkpoints"),
     "use_dist_ckpt": _ON,
@@ -140,7 +152,11 @@ _REFUSED: dict[str, Refused] = {
     "vocab_file": Refused("GPT-2 vocabulary files are not read", "use --tokenizer-model"),
     "merge_file": Refused("GPT-2 merge files are not read", "use --tokenizer-model"),
     "per_split_data_args_path": Refused(
-        "paths are flags here", "use --train-data-path, --valid-data-path and --test-data-path"
+        "paths are flags here", "use --train-data-path and --valid-data-path"
+    ),
+    "test_data_path": Refused(
+        "a run reads training and validation data only",
+        "leave it out; score the model after training with `kvshare evaluate --data-path PREFIX`",
     ),
     "data_args_path": Refused("paths are flags here", "use --data-path, or data_path in --config"),
     "wandb_entity": Refused("wandb reads it itself", "set the environment variable WANDB_ENTITY"),
@@ -176,12 +192,20 @@ def megatron_fault(flag: str, entry: Accepted | Refused, values: tuple[str, ...]
     if (
         entry.values is None
         or values == entry.values
-        or (values and values[0] in entry.values and len(values) == 1)
+        or (len(values) == 1 and any(_same(values[0], allowed) for allowed in entry.values))
     ):
         return None
     if not entry.values:
         return Fault(
             flag, " ".join(values), "it is a switch and takes no value", f"write {flag} alone"
         )
-    fix = f"write {flag} {entry.values[0]} or leave it out"
+    fix = entry.fix or f"write {flag} {entry.values[0]} or leave it out"
     return Fault(flag, " ".join(values), entry.rule, fix)
+
+
+def _same(given: str, allowed: str) -> bool:
+    """Whether two values are the same text or, as 0.0 and 0, the same number."""
+    try:
+        return given == allowed or float(given) == float(allowed)
+    except ValueError:
+        return False

@@ -192,8 +192,6 @@ class ParallelConfig:
     """In an even layout, the embedding takes the place of one layer."""
     account_for_loss_in_pipeline_split: bool = False
     """In an even layout, the output head takes the place of one layer."""
-    context_parallel_size: Count = 1
-    """Processes that share each sequence (only 1)."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel processes."""
     use_distributed_optimizer: bool = False

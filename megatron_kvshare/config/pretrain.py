@@ -89,8 +89,7 @@ def parse_pretrain(
         return _process_faults(config, world_size(config, environ))
 
     reads = (
-        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"
-        " micro_batch_size global_batch_size"
+        "tensor_model_parallel_size pipeline_model_parallel_size micro_batch_size global_batch_size"
     )
     processes = (
         Rule(launch_fits, frozenset({"dry_run"})),

@@ -145,15 +145,6 @@ def map_is_valid(config: HasSharing) -> Iterator[Fault]:
         yield from patterns.window_faults(built, config.sharing.window_size)
 
 
-@rule("context_parallel_size")
-def layout_is_supported(config: HasParallel) -> Iterator[Fault]:
-    """A sequence stays on one process."""
-    flag, size = "--context-parallel-size", config.parallel.context_parallel_size
-    if size > 1:
-        fix = f"use {flag} 1 and spread the model with --tensor-model-parallel-size"
-        yield Fault(flag, size, "it is not supported", fix)
-
-
 @rule(
     "num_attention_heads num_query_groups hidden_size kv_channels ffn_hidden_size"
     " tensor_model_parallel_size"
@@ -230,4 +221,4 @@ MODEL_RULES = (
     transformer_engine_is_there,
 )
 SHARING_RULES = (map_is_valid,)
-PARALLEL_RULES = (layout_is_supported, tensor_parallel_fits, sequence_parallel_fits, overlap_fits)
+PARALLEL_RULES = (tensor_parallel_fits, sequence_parallel_fits, overlap_fits)

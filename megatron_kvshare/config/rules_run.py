@@ -9,11 +9,10 @@ from pathlib import Path
 
 from megatron_kvshare.config.blend import parse_blend, parse_split
 from megatron_kvshare.config.data import DataConfig
-from megatron_kvshare.config.derive import sharing_map
 from megatron_kvshare.config.rule import multiples, rule
 from megatron_kvshare.config.schema import PretrainConfig
 from megatron_kvshare.config.settings import flag_of
-from megatron_kvshare.errors import ConfigError, Fault, MapError
+from megatron_kvshare.errors import ConfigError, Fault
 
 
 @rule("global_batch_size micro_batch_size")
@@ -76,32 +75,16 @@ def wsd_fits(config: PretrainConfig) -> Iterator[Fault]:
         yield Fault(flag, train.lr_wsd_decay_iters, rule_text, fix)
 
 
-@rule("attention_dropout hidden_dropout num_layers kv_pattern kv_layers kv_map")
-def dropout_is_off(config: PretrainConfig) -> Iterator[Fault]:
-    """Dropout is not implemented; over iterated sweeps it would not even be well defined."""
-    reason = "dropout is not supported"
-    try:
-        if sharing_map(config.model, config.sharing).is_cyclic:
-            reason += ", and with a cyclic map every sweep would see another mask"
-    except MapError:
-        pass  # reported by the map's own rule
-    for name in ("attention_dropout", "hidden_dropout"):
-        value = getattr(config.train, name)
-        if value > 0:
-            flag = flag_of(name)
-            yield Fault(flag, value, reason, f"use {flag} 0 or leave it out")
-
-
-@rule("data_path train_data_path valid_data_path test_data_path mock_data")
+@rule("data_path train_data_path valid_data_path mock_data")
 def data_is_given(config: PretrainConfig) -> Iterator[Fault]:
     """There is something to train on, named in one way."""
     data = config.data
-    per_part = bool(data.train_data_path or data.valid_data_path or data.test_data_path)
+    per_part = bool(data.train_data_path or data.valid_data_path)
     if data.mock_data:
         return
     if data.data_path and per_part:
-        rule_text = "it excludes --train-data-path, --valid-data-path and --test-data-path"
-        fix = "give --data-path with --split, or the three paths without it"
+        rule_text = "it excludes --train-data-path and --valid-data-path"
+        fix = "give --data-path with --split, or the two paths without it"
         yield Fault("--data-path", " ".join(data.data_path), rule_text, fix)
     elif per_part and not data.train_data_path:
         rule_text = "there is a path for another part but none for training"
@@ -112,10 +95,10 @@ def data_is_given(config: PretrainConfig) -> Iterator[Fault]:
         yield Fault("--data-path", None, rule_text, fix)
 
 
-@rule("data_path train_data_path valid_data_path test_data_path mock_data")
+@rule("data_path train_data_path valid_data_path mock_data")
 def data_exists(config: PretrainConfig) -> Iterator[Fault]:
     """Blends are well formed and every prefix has its two files."""
-    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+    for name in ("data_path", "train_data_path", "valid_data_path"):
         words = getattr(config.data, name)
         if not words or config.data.mock_data:
             continue
@@ -313,7 +296,6 @@ RUN_RULES = (
     learning_rates_are_ordered,
     warmup_fits,
     wsd_fits,
-    dropout_is_off,
     data_is_given,
     data_exists,
     split_is_valid,

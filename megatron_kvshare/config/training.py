@@ -56,10 +56,6 @@ class TrainConfig:
     """AdamW beta 2 (0.95 as in Llama; Megatron's default is 0.999)."""
     adam_eps: Positive = 1e-8
     """AdamW epsilon."""
-    attention_dropout: Fraction = 0.0
-    """Accepted as 0 only: dropout is not supported."""
-    hidden_dropout: Fraction = 0.0
-    """Accepted as 0 only: dropout is not supported."""
     seed: Seed = 1234
     """Seed of initial weights and data order."""
     eval_interval: Count = 1000

@@ -107,7 +107,6 @@ def _paths(data: DataConfig, part: Part) -> tuple[str, Sequence[str]]:
     separate = {
         Part.train: data.train_data_path,
         Part.valid: data.valid_data_path,
-        Part.test: data.test_data_path,
     }
     if not any(separate.values()):
         return "--data-path", ()

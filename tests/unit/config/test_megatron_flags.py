@@ -74,8 +74,53 @@ def test_every_accepted_flag_changes_nothing(name):
         ("--swiglu yes", "it is a switch and takes no value"),
         ("--normalization", "write --normalization RMSNorm"),
         ("--optimizer sgd", "AdamW"),
+        ("--attention-dropout 0.1", "use --attention-dropout 0 or leave it out"),
+        ("--hidden-dropout 1e-9", "dropout is not supported"),
+        ("--hidden-dropout nan", "dropout is not supported"),
+        ("--hidden-dropout 0 0", "dropout is not supported"),
+        ("--context-parallel-size 2", "spread the model with --tensor-model-parallel-size"),
     ],
 )
 def test_other_values_of_accepted_flags_are_refused(argv, part):
     with pytest.raises(ConfigError, match=part):
         parse(PretrainConfig, argv.split(), COMMAND)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *("--attention-dropout 0", "--hidden-dropout=0.0", "--hidden-dropout 0e0"),
+        *("--context-parallel-size 1", "--rotary-percent 1", "--lr-warmup-init 0.00"),
+    ],
+)
+def test_a_number_that_holds_is_accepted_however_it_is_written(argv):
+    assert parse(PretrainConfig, argv.split(), COMMAND) == PretrainConfig()
+
+
+def test_values_in_a_file_are_judged_like_those_of_flags(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("attention_dropout: 0.0\nhidden_dropout: 0\ncontext_parallel_size: 1\n")
+    assert parse(PretrainConfig, ["--config", str(file)], COMMAND) == PretrainConfig()
+    file.write_text("attention_dropout: 0.1\ntest_data_path: corpus\n")
+    with pytest.raises(ConfigError) as caught:
+        parse(PretrainConfig, ["--config", str(file)], COMMAND)
+    assert [fault.where.split(": ")[-1] for fault in caught.value.faults] == [
+        "attention_dropout",
+        "test_data_path",
+    ]
+
+
+def test_data_that_no_run_reads_is_refused_instead_of_ignored():
+    with pytest.raises(ConfigError, match="kvshare evaluate --data-path PREFIX"):
+        parse(PretrainConfig, ["--test-data-path", "corpus"], COMMAND)
+
+
+def test_the_last_of_repeated_flags_counts(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("hidden_dropout: 0.1\n")
+    argv = ["--config", str(file), "--hidden-dropout", "0"]
+    assert parse(PretrainConfig, argv, COMMAND) == PretrainConfig()
+    with pytest.raises(ConfigError) as caught:
+        parse(PretrainConfig, [*argv, "--hidden-dropout", "0.2"], COMMAND)
+    (fault,) = caught.value.faults
+    assert (fault.where, fault.value) == ("--hidden-dropout", "0.2")
