@@ -47,7 +47,7 @@ REQUIRED = (
     Package("torch", "2.6", "", "tensors, autograd, NCCL and gloo"),
     Package("megatron-core", "0.16.1", "0.20", "parallel layers, optimizer, datasets, checkpoints"),
     Package("sentencepiece", "", "", "the default tokenizer"),
-    Package("datasets", "", "", "reading Hugging Face datasets"),
+    Package("datasets", "", "", "evaluation sets for tools/lm_eval_tasks.py"),
     Package("pydantic", "2.7", "", "checked configuration"),
     Package("PyYAML", "", "", "--config FILE.yaml"),
     Package("rich", "", "", "the drawings of kvshare plan"),
@@ -56,7 +56,7 @@ REQUIRED = (
     Package("safetensors", "", "", "weights in Hugging Face's format"),
 )
 OPTIONAL = {
-    "deepspeed": (Package("deepspeed", "", "", "the DeepSpeed engine (ZeRO)"),),
+    "deepspeed": (Package("deepspeed", "", "", "nothing yet: no engine uses it"),),
     "hf": (
         Package("transformers", "4.57", "", "conversions and their proof, Hugging Face tokenizers"),
         Package("tokenizers", "", "", "fast Hugging Face tokenizers"),
