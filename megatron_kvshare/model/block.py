@@ -8,15 +8,17 @@ arXiv 2410.14442, section 3.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.megatron_api.layers import TransformerConfig
-from megatron_kvshare.model.context import SequenceContexts
+from megatron_kvshare.model.context import Readable, SequenceContexts, VisitContext
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.model.kv import KV, KVBlocks, KVState, relative_change, residual
 from megatron_kvshare.model.layer import KVShareLayer
@@ -24,7 +26,7 @@ from megatron_kvshare.model.specs import layer_spec
 from megatron_kvshare.model.sweep import RecomputePolicy, SweepOutput, SweepRunner
 from megatron_kvshare.model.tokens import join_tokens, split_tokens
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.plan import Carry, ExecutionPlan, Segment, Sweep
+from megatron_kvshare.sharing.plan import Carry, ExecutionPlan, LayerStep, Segment, Sweep
 from megatron_kvshare.stages.placement import Stage
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
@@ -40,7 +42,9 @@ class StageTensors(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
-    """``residuals``: one row per sweep of each cyclic group, see
+    """``leaving.kv``: all that is known here and that other layers read.
+
+    ``residuals``: one row per sweep of each cyclic group, see
     :func:`megatron_kvshare.model.kv.residual`: ``[groups, most sweeps, 2]``, 0 for a sweep that
     did not run here."""
 
@@ -90,40 +94,76 @@ class SharedKVBlock(nn.Module):
         measure_residual: bool = False,
     ) -> BlockOutput:
         """Embeddings or what the stage below made -> the same above, by a plan of this block's
-        map."""
+        map: layers one after another, cyclic groups by the sweeps of :class:`_GroupRun`."""
         assert plan.map == self.sharing, "the plan is for another map"
-        hidden, shared = entering.hidden, dict(entering.kv)
-        residuals = None
-        if measure_residual and plan.groups:
-            residuals = plan_residuals(plan, hidden.device)
+        hidden, kv = entering
+        measured = measure_residual and bool(plan.groups)
+        residuals = plan_residuals(plan, hidden.device) if measured else None
         for segment in plan.within(self.stage.layers):
-            output = self.run_segment(segment, hidden, shared, contexts, measure_residual)
-            hidden = output.leaving.hidden
-            shared.update(output.leaving.kv)
-            if residuals is not None and output.residuals is not None:
-                rows = output.residuals
-                residuals[plan.groups.index(segment), : len(rows)] = rows
-        leaving = {layer: shared[layer] for layer in self.stage.sends}
-        return BlockOutput(StageTensors(hidden, leaving), residuals)
+            if segment.is_cyclic:
+                output = self._sweep(segment, hidden, kv, contexts, measured)
+                if residuals is not None and output.residuals is not None:
+                    rows = output.residuals
+                    residuals[plan.groups.index(segment), : len(rows)] = rows
+                hidden, made = output.leaving
+                kv = {**kv, **made}
+                continue
+            for steps, run in self._runs(segment):
+                hidden, made = run(steps, hidden, kv, contexts.whole)
+                # A new mapping: what a recomputed unit reads must not change after it has run.
+                kv = {**kv, **made}
+        return BlockOutput(StageTensors(hidden, kv), residuals)
 
-    @property
+    def run_layers(
+        self,
+        steps: Sequence[LayerStep],
+        hidden: torch.Tensor,
+        kv: Mapping[int, KV],
+        context: VisitContext,
+    ) -> tuple[torch.Tensor, dict[int, KV]]:
+        """Layers from bottom to top, each once for all tokens; returns also the keys and values
+        that other layers read of them."""
+        known, made = dict(kv), {}
+        for layer in (step.layer for step in steps):
+            source = self.sharing.sources[layer]
+            read: Readable | KVBlocks = KVBlocks.unknown(1)
+            if source != layer:
+                read = context.readable(layer, KVBlocks((known[source],)))
+            hidden, own = self.layers[layer - self.stage.first](hidden, context, read)
+            if own is not None and self.sharing.consumers_of(layer):
+                known[layer] = made[layer] = own
+        return hidden, made
+
+    def _runs(self, segment: Segment) -> Iterator[tuple[Sequence[LayerStep], Callable[..., Any]]]:
+        """Steps of a segment without sweeps that run as one unit, and :meth:`run_layers`,
+        recomputed in backward where that is wanted."""
+        (sweep,) = segment.sweeps
+        (visit,) = sweep.visits
+        for steps, recomputed in self.recompute.chunks(visit.steps):
+            if recomputed and torch.is_grad_enabled():
+                again = {"use_reentrant": False, "preserve_rng_state": False}
+                yield steps, partial(checkpoint, self.run_layers, **again)
+            else:
+                yield steps, self.run_layers
+
+    @cached_property
     def runner(self) -> SweepRunner:
         """Runs sweeps, or parts of them, over the layers of this stage."""
         layers = dict(zip(self.stage.layers, self.layers, strict=True))
         return SweepRunner(layers, self.sharing, self.heads, self.recompute)
 
-    def run_segment(
+    def _sweep(
         self,
         segment: Segment,
         hidden: torch.Tensor,
-        shared: Mapping[int, KV],
+        kv: Mapping[int, KV],
         contexts: SequenceContexts,
-        measure_residual: bool = False,
+        measure_residual: bool,
     ) -> BlockOutput:
-        """All sweeps of a segment that lies in this stage; ``residuals`` are its own rows."""
-        run = _SegmentRun(segment, hidden, shared, contexts, self.runner)
+        """All sweeps of a cyclic group that lies in this stage; ``residuals`` are its own rows."""
+        run = _GroupRun(segment, hidden, kv, contexts, self.runner)
         rows = run.all_sweeps(measure_residual, self.sum_over_ranks)
-        measured = torch.stack(rows) if rows and segment.is_cyclic and measure_residual else None
+        measured = torch.stack(rows) if rows and measure_residual else None
         return BlockOutput(StageTensors(run.output.hidden, run.leaving()), measured)
 
 
@@ -133,8 +173,8 @@ def plan_residuals(plan: ExecutionPlan, device: torch.device) -> torch.Tensor:
     return torch.zeros(size, dtype=torch.float64, device=device)
 
 
-class _SegmentRun:
-    """One segment of one forward: its sweeps one after another, each from the same input."""
+class _GroupRun:
+    """One cyclic group of one forward: its sweeps one after another, each from the same input."""
 
     def __init__(
         self,
@@ -153,7 +193,6 @@ class _SegmentRun:
 
     def all_sweeps(self, measure: bool, sum_over_ranks: SumOverRanks) -> list[torch.Tensor]:
         """Run what the plan asks for; returns the residual of every sweep, if any is needed."""
-        measure = measure and self.segment.is_cyclic
         decide = any(sweep.skip_below is not None for sweep in self.segment.sweeps)
         rows, moved = [], math.inf
         for sweep in self.segment.sweeps:

@@ -21,24 +21,21 @@ def attend(query: torch.Tensor, source: KV | KVBlocks, visible: Visibility) -> t
     and 0 for token 0. Of a token subset likewise, for each block of keys.
     """
     if isinstance(source, KVBlocks):
-        out = _over_blocks(query, source, visible)
-    else:
-        out = _over_all(*(_heads_first(x) for x in (query, *source)), visible)
-    return _MergeHeads.apply(out)
+        return _MergeHeads.apply(_over_blocks(query, source, visible))
+    q, k, v = (_heads_first(x) for x in (query, *source))
+    if visible.mask is not None:
+        return _MergeHeads.apply(_masked(q, k, v, visible))
+    if visible.strict:
+        q, k, v = q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]
+    if kernels.on_gpu(q.device) and q.dtype == torch.float32:
+        k, v = _one_head_per_query(q, k, v)  # flash takes no fp32, its fp32 stand-in no groups
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return _MergeHeads.apply(F.pad(out, (0, 0, 1, 0)) if visible.strict else out)
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
     return x.permute(1, 2, 0, 3)
-
-
-def _over_all(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility
-) -> torch.Tensor:
-    if visible.mask is not None:
-        return _masked(q, k, v, visible)
-    if visible.strict:
-        return F.pad(_causal(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]), (0, 0, 1, 0))
-    return _causal(q, k, v)
 
 
 def _over_blocks(query: torch.Tensor, source: KVBlocks, visible: Visibility) -> torch.Tensor:
@@ -58,13 +55,6 @@ class _MergeHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return grad.unflatten(-1, (ctx.heads, -1)).permute(1, 2, 0, 3).contiguous()
-
-
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    if kernels.on_gpu(q.device) and q.dtype == torch.float32:
-        k, v = _one_head_per_query(q, k, v)  # flash takes no fp32, its fp32 stand-in no groups
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 def _one_head_per_query(

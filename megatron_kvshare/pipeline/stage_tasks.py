@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_kvshare.model.block import StageTensors
 from megatron_kvshare.model.context import SequenceContexts
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.kv import KV, KVBlocks, residual
 from megatron_kvshare.model.tokens import join_tokens, split_tokens
-from megatron_kvshare.sharing.plan import Carry
+from megatron_kvshare.sharing.plan import Carry, ExecutionPlan
 from megatron_kvshare.stages.tasks import Key, Kind, Sources, Task
 
 Tensors = tuple[torch.Tensor, ...]
@@ -53,13 +54,15 @@ def _layers(
 ) -> TaskOutput:
     assert task.segment is not None
     (hidden,) = values[task.hidden[0]]
-    shared = _whole(task.outside, values)
-    output = model.decoder.run_segment(task.segment, hidden, shared, batch.contexts, measure)
+    entering = StageTensors(hidden, _whole(task.outside, values))
+    plan = ExecutionPlan(model.plan.map, (task.segment,))
+    output = model.decoder(entering, batch.contexts, plan, measure)
     leaving = output.leaving
     made: dict[Key, Tensors] = {}
     for key in task.makes:
         made[key] = tuple(leaving.kv[key.layer]) if key.what == "kv" else (leaving.hidden,)
-    return TaskOutput(made, residuals=output.residuals)
+    rows = None if output.residuals is None else output.residuals[0]
+    return TaskOutput(made, residuals=rows)
 
 
 def _carry(

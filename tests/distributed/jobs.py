@@ -22,9 +22,9 @@ from megatron_kvshare.config import (
     TrainConfig,
 )
 from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.attention import SharedKVAttention
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.parameters import gather_by_name
-from megatron_kvshare.model.sweep import SweepRunner
 from megatron_kvshare.pipeline.payload import PayloadFormat
 from megatron_kvshare.pipeline.transport import Transport
 from megatron_kvshare.spec.run_plan import RunPlan
@@ -151,20 +151,19 @@ def train_without_one_consumer(
 
     The loss stays what it was; only the producer's gradient misses this consumer's share.
     """
-    plain = SweepRunner._source
-    SweepRunner._source = without_gradient(plain, consumer)
+    plain = SharedKVAttention.forward
+    SharedKVAttention.forward = without_gradient(plain, consumer)
     try:
         return train(state, layout, case)
     finally:
-        SweepRunner._source = plain
+        SharedKVAttention.forward = plain
 
 
-def without_gradient(source: Callable, consumer: int) -> Callable:
-    def cut(self, step, *arguments):
-        found = source(self, step, *arguments)
-        if step.layer != consumer:
-            return found
-        return found._replace(kv=type(found.kv)(*(x.detach() for x in found.kv)))
+def without_gradient(forward: Callable, consumer: int) -> Callable:
+    def cut(self, x, context, source):
+        if self.layer == consumer:
+            source = source._replace(kv=type(source.kv)(*(each.detach() for each in source.kv)))
+        return forward(self, x, context, source)
 
     return cut
 
