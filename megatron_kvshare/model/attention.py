@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_kvshare.megatron_api.layers import TransformerConfig, gather_last_dim
-from megatron_kvshare.model.context import Readable, VisitContext
+from megatron_kvshare.model.context import VisitContext
 from megatron_kvshare.model.core_attention import attend
 from megatron_kvshare.model.heads import HeadLayout
-from megatron_kvshare.model.kv import KV, KVBlocks
+from megatron_kvshare.model.kv import KV
+from megatron_kvshare.model.kv_view import KVView
+from megatron_kvshare.model.modules import LayerSpec
+from megatron_kvshare.model.recompute import recomputed
 from megatron_kvshare.model.rotary import Heads, split_heads
-from megatron_kvshare.model.specs import LayerSpec
 
 
 class SharedKVAttention(nn.Module):
@@ -40,29 +39,23 @@ class SharedKVAttention(nn.Module):
         rows = heads.query_width + (2 * heads.kv_width if is_producer else 0)
         self.linear_qkv = spec.column(config.hidden_size, rows, config)
         self.linear_proj = spec.row(heads.query_width, config.hidden_size, config)
-        self.attend = (
-            partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-            if recompute_core
-            else attend
-        )
+        self.recompute_core = recompute_core
 
-    def forward(
-        self, x: torch.Tensor, context: VisitContext, source: Readable | KVBlocks
-    ) -> tuple[torch.Tensor, KV | None]:
-        """``[s, b, h]`` and the KV to read -> ``[s, b, h]``, own KV.
-
-        A producer gets what is known of its KV so far and puts its own into it.
-        """
-        query, own = self._heads_of(self.linear_qkv(x), context)
+    def forward(self, x: torch.Tensor, view: KVView) -> tuple[torch.Tensor, KVView]:
+        """``[s, b, h]`` and the keys and values known so far -> ``[s, b, h]``, and the same with
+        those that this layer makes."""
+        query, own = self._heads_of(self.linear_qkv(x), view.context)
         if own is not None:
-            source = context.readable(self.layer, source.with_block(context.offset, own))
-        return self.linear_proj(self.attend(query, *source)), own
+            view = view.with_own(self.layer, own)
+        attended = recomputed(attend, self.recompute_core)(query, *view.readable(self.layer))
+        return self.linear_proj(attended), view
 
-    def read_own(self, x: torch.Tensor, context: VisitContext, own: KVBlocks) -> torch.Tensor:
+    def read_own(self, x: torch.Tensor, view: KVView) -> torch.Tensor:
         """A producer whose keys and values are there already: queries and attention alone."""
         projected = self.linear_qkv(x, slice(0, self.heads.local_query_width))
-        query = self._query_of(projected, context)
-        return self.linear_proj(self.attend(query, *context.readable(self.layer, own)))
+        query = self._query_of(projected, view.context)
+        attended = recomputed(attend, self.recompute_core)(query, *view.readable(self.layer))
+        return self.linear_proj(attended)
 
     def key_values(self, x: torch.Tensor, context: VisitContext) -> KV:
         """The producer's keys and values alone, from ``[s, b, h]``."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 
 from megatron_kvshare.model.kernels import causal_kernel
-from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.rotary import Rotary, rotary
 from megatron_kvshare.model.visibility import SequenceLayout, Visibility
 from megatron_kvshare.sharing.plan import subset_length
@@ -17,13 +15,6 @@ from megatron_kvshare.spec.model_spec import ModelSpec
 BLOCKWISE_FROM = 512
 """Queries from which one causal kernel per pair of blocks beats one kernel with a mask (measured on
 the CPU: at 64 queries it takes 1.3 times as long, at 512 three quarters)."""
-
-
-class Readable(NamedTuple):
-    """Keys and values as attention takes them, and which of them a query sees."""
-
-    kv: KV | KVBlocks
-    visible: Visibility
 
 
 _Seen = dict[tuple[bool, bool, int], Visibility]
@@ -47,12 +38,6 @@ class VisitContext:
     @property
     def num_tokens(self) -> int:
         return subset_length(self.layout.length, self.stride, self.offset)
-
-    def readable(self, layer: int, source: KVBlocks) -> Readable:
-        """``source`` for the attention of ``layer``: as blocks where no mask is needed."""
-        visible = self.visibility(layer, len(source.known))
-        as_blocks = self.stride > 1 and visible.mask is None
-        return Readable(source if as_blocks else source.concatenated(), visible)
 
     def visibility(self, layer: int, known: int = 1) -> Visibility:
         """What ``layer`` may see of the first ``known`` blocks of keys."""

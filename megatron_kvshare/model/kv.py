@@ -1,4 +1,4 @@
-"""Keys and values on their way between layers."""
+"""Keys and values on their way between layers, whole or by interleaved token subsets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_kvshare.model.tokens import join_tokens, split_tokens
+from megatron_kvshare.sharing.plan import subset_length
 
 _Combine = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
@@ -48,6 +48,12 @@ class KVBlocks(NamedTuple):
     def known(self) -> tuple[KV, ...]:
         """The blocks there are, in order."""
         return tuple(block for block in self.blocks if block is not None)
+
+    def block(self, offset: int) -> KV:
+        """What is known of tokens ``offset::stride``."""
+        block = self.blocks[offset]
+        assert block is not None, "keys and values are missing"
+        return block
 
     def with_block(self, offset: int, kv: KV) -> KVBlocks:
         return KVBlocks((*self.blocks[:offset], kv, *self.blocks[offset + 1 :]))
@@ -104,3 +110,40 @@ def relative_change(row: torch.Tensor) -> float:
     """``||KV_n - KV_{n-1}|| / ||KV_n||`` of a row of residuals."""
     change, total = row.tolist()
     return math.sqrt(change / total) if total else 0.0
+
+
+def split_tokens(x: torch.Tensor, stride: int) -> tuple[torch.Tensor, ...]:
+    """``[s, ...]`` -> ``stride`` tensors; number ``offset`` has tokens ``offset::stride``.
+
+    Under sequence parallelism every rank splits its own part of the sequence. The subsets of all
+    ranks, one after another, are those of the whole, because each part is a multiple of the stride.
+    """
+    if stride == 1:
+        return (x,)
+    length = x.shape[0]
+    rows = _padded(x, -(-length // stride) * stride, 0).unflatten(0, (-1, stride)).unbind(1)
+    lengths = [subset_length(length, stride, offset) for offset in range(stride)]
+    # A slice of everything would cost a tensor of zeros in backward.
+    return tuple(
+        part if part.shape[0] == own else part[:own]
+        for part, own in zip(rows, lengths, strict=True)
+    )
+
+
+def join_tokens(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """The inverse of :func:`split_tokens`, along dimension ``dim``."""
+    if len(parts) == 1:
+        return parts[0]
+    length, longest = sum(part.shape[dim] for part in parts), parts[0].shape[dim]
+    even = torch.stack([_padded(part, longest, dim) for part in parts], dim + 1)
+    joined = even.flatten(dim, dim + 1)
+    return joined if joined.shape[dim] == length else joined.narrow(dim, 0, length)
+
+
+def _padded(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    missing = length - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat((x, x.new_zeros(shape)), dim)

@@ -8,11 +8,11 @@ from torch import nn
 from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.megatron_api.layers import TransformerConfig
 from megatron_kvshare.model.attention import SharedKVAttention
-from megatron_kvshare.model.context import Readable, VisitContext
+from megatron_kvshare.model.context import VisitContext
 from megatron_kvshare.model.heads import HeadLayout
-from megatron_kvshare.model.kv import KV, KVBlocks
-from megatron_kvshare.model.mlp import SwiGLU
-from megatron_kvshare.model.specs import layer_spec
+from megatron_kvshare.model.kv import KV
+from megatron_kvshare.model.kv_view import KVView
+from megatron_kvshare.model.modules import SwiGLU, build_norm, layer_spec
 
 
 class KVShareLayer(nn.Module):
@@ -28,26 +28,18 @@ class KVShareLayer(nn.Module):
     ) -> None:
         super().__init__()
         spec = layer_spec(model.transformer_impl)
-        norm = (
-            config.hidden_size,
-            model.norm_epsilon,
-            config.params_dtype,
-            config.sequence_parallel,
-        )
-        self.input_layernorm = spec.norm(*norm)
+        self.input_layernorm = build_norm(model, config)
         recompute_core = model.recompute_granularity == "selective"
         self.self_attention = SharedKVAttention(
             layer, is_producer, heads, spec, config, recompute_core
         )
-        self.post_attention_layernorm = spec.norm(*norm)
+        self.post_attention_layernorm = build_norm(model, config)
         self.mlp = SwiGLU(spec, config)
 
-    def forward(
-        self, hidden: torch.Tensor, context: VisitContext, source: Readable | KVBlocks
-    ) -> tuple[torch.Tensor, KV | None]:
-        """Hidden states and the KV to read -> hidden states and the KV this layer produces."""
-        attended, own = self.self_attention(self.input_layernorm(hidden), context, source)
-        return self.feed_forward(hidden + attended), own
+    def forward(self, hidden: torch.Tensor, view: KVView) -> tuple[torch.Tensor, KVView]:
+        """Hidden states and the keys and values known so far -> both, after this layer."""
+        attended, view = self.self_attention(self.input_layernorm(hidden), view)
+        return self.feed_forward(hidden + attended), view
 
     def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer without attention: what it does while there is nothing to attend to."""
@@ -57,7 +49,7 @@ class KVShareLayer(nn.Module):
         """The layer's keys and values alone: what a sweep needs of its top layer."""
         return self.self_attention.key_values(self.input_layernorm(hidden), context)
 
-    def read_own(self, hidden: torch.Tensor, context: VisitContext, own: KVBlocks) -> torch.Tensor:
+    def read_own(self, hidden: torch.Tensor, view: KVView) -> torch.Tensor:
         """The rest of the layer, when its keys and values are there already."""
-        attended = self.self_attention.read_own(self.input_layernorm(hidden), context, own)
+        attended = self.self_attention.read_own(self.input_layernorm(hidden), view)
         return self.feed_forward(hidden + attended)

@@ -11,8 +11,7 @@ import torch
 from megatron_kvshare.model.block import StageTensors
 from megatron_kvshare.model.context import SequenceContexts
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.model.kv import KV, KVBlocks, residual
-from megatron_kvshare.model.tokens import join_tokens, split_tokens
+from megatron_kvshare.model.kv import KV, KVBlocks, join_tokens, residual, split_tokens
 from megatron_kvshare.sharing.plan import Carry, ExecutionPlan
 from megatron_kvshare.stages.tasks import Key, Kind, Sources, Task
 
@@ -74,7 +73,7 @@ def _carry(
         parts = [part for key in keys if key is not None for part in values[key]]
         if task.the_sweep.carry is Carry.GROUP_INPUT:
             parts = list(split_tokens(parts[0], stride))
-        blocks = model.decoder.runner.projected(producer, parts, batch.contexts).known
+        blocks = model.decoder.sweeps.projected(producer, parts, batch.contexts).known
         mine = [key for key in task.makes if key.layer == producer]
         made |= {key: tuple(block) for key, block in zip(mine, blocks, strict=True)}
     return TaskOutput(made)
@@ -91,11 +90,11 @@ def _visit(
     kv = {p: KVBlocks.of(whole, stride) for p, whole in _whole(task.outside, values).items()}
     kv |= {producer: _blocks(keys, values) for producer, keys in task.kv.items()}
     context = batch.contexts.visit(stride, offset)
-    output = model.decoder.runner.run_visit(task.visit, hidden, kv, context)
+    output = model.decoder.sweeps.run_visit(task.visit, hidden, kv, context)
     made: dict[Key, Tensors] = {}
     for key in task.makes:
         if key.what == "kv":
-            made[key] = tuple(output.produced[key.layer])
+            made[key] = tuple(output.kv[key.layer].block(offset))
         elif key.what == "input":
             made[key] = (output.inputs[key.layer].detach(),)
         else:
@@ -118,7 +117,7 @@ def _finish(
     (step,) = task.the_sweep.finish
     hidden = join_tokens([values[key][0] for key in task.hidden])
     kv = {producer: _blocks(keys, values) for producer, keys in task.kv.items()}
-    finished = model.decoder.runner.finish(step, hidden, kv, batch.contexts)
+    finished = model.decoder.sweeps.finish(step, hidden, kv, batch.contexts)
     return TaskOutput({task.makes[0]: (finished,)})
 
 

@@ -109,6 +109,13 @@ class Segment:
     def num_layers(self) -> int:
         return self.last - self.first + 1
 
+    @property
+    def only_visit(self) -> Visit:
+        """Of a segment that is not cyclic: its layers run once, for all tokens."""
+        assert not self.is_cyclic, "a cyclic group has sweeps"
+        ((visit,),) = (sweep.visits for sweep in self.sweeps)
+        return visit
+
     def within(self, layers: range) -> Segment | None:
         """The part that lies in ``layers``; a cyclic group cannot be cut."""
         first, last = max(self.first, layers.start), min(self.last, layers.stop - 1)
@@ -117,10 +124,8 @@ class Segment:
         if (first, last) == (self.first, self.last):
             return self
         assert not self.is_cyclic, "a cyclic group spans stages"
-        (sweep,) = self.sweeps
-        (visit,) = sweep.visits
-        steps = tuple(step for step in visit.steps if step.layer in layers)
-        part = replace(sweep, visits=(replace(visit, steps=steps),))
+        steps = tuple(step for step in self.only_visit.steps if step.layer in layers)
+        part = replace(self.sweeps[0], visits=(replace(self.only_visit, steps=steps),))
         return Segment(first, last, (part,))
 
 

@@ -24,6 +24,7 @@ from megatron_kvshare.config import (
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.attention import SharedKVAttention
 from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.parameters import gather_by_name
 from megatron_kvshare.pipeline.payload import PayloadFormat
 from megatron_kvshare.pipeline.transport import Transport
@@ -160,10 +161,16 @@ def train_without_one_consumer(
 
 
 def without_gradient(forward: Callable, consumer: int) -> Callable:
-    def cut(self, x, context, source):
-        if self.layer == consumer:
-            source = source._replace(kv=type(source.kv)(*(each.detach() for each in source.kv)))
-        return forward(self, x, context, source)
+    def cut(self, x, view):
+        if self.layer != consumer:
+            return forward(self, x, view)
+        producer = view.context.spec.map.sources[consumer]
+        parts = (
+            block and KV(*(part.detach() for part in block))
+            for block in view.blocks(producer).blocks
+        )
+        attended, _ = forward(self, x, view.reading(producer, KVBlocks(tuple(parts))))
+        return attended, view
 
     return cut
 

@@ -7,6 +7,7 @@ import torch
 
 from megatron_kvshare.model.block import BlockOutput, SharedKVBlock, StageTensors
 from megatron_kvshare.model.kv import KVBlocks
+from megatron_kvshare.model.kv_view import KVView
 from megatron_kvshare.sharing.solver import RECIPES
 from tests.parity.cases import one_of_each_pattern
 from tests.product import Tiny, load_by_name, loss_and_gradients, random_tokens
@@ -41,10 +42,10 @@ class Published(torch.nn.Module):
         for number in layers:
             layer, source = self.model.layers[number], sharing.sources[number]
             if source == number:
-                hidden, own = layer(hidden, context, KVBlocks.unknown(1))
-                kv[number] = KVBlocks((own,))
+                hidden, view = layer(hidden, KVView({}, context))
+                kv[number] = view.blocks(number)
             elif source in kv:
-                hidden, _ = layer(hidden, context, context.readable(number, kv[source]))
+                hidden, _ = layer(hidden, KVView({source: kv[source]}, context))
             else:
                 hidden = layer.feed_forward(hidden.view_as(hidden))
         return hidden

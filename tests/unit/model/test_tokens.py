@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_kvshare.model.tokens import join_tokens, split_tokens
+from megatron_kvshare.model.kv import join_tokens, split_tokens
 from megatron_kvshare.sharing.plan import subset_length
 
 SIZES = [(12, 1), (12, 4), (13, 4), (11, 4), (5, 5), (3, 5), (1, 2)]

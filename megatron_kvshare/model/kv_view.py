@@ -1,0 +1,76 @@
+"""The keys and values that a layer may read: what is known of them, and how attention takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_kvshare.model.context import VisitContext
+from megatron_kvshare.model.kv import KV, KVBlocks, KVState
+from megatron_kvshare.model.visibility import Visibility
+
+
+class Readable(NamedTuple):
+    """Keys and values as attention takes them, and which of them a query sees."""
+
+    kv: KV | KVBlocks
+    visible: Visibility
+
+
+@dataclass(frozen=True)
+class KVView:
+    """What is known of every producer's keys and values when a layer runs for the tokens of
+    ``context``.
+
+    A layer is given a view and returns the next one, which has what it has made: new keys and
+    values are merged here and nowhere else. A view never changes, so a recomputed layer finds what
+    it found at first. ``_arranged`` only remembers what :meth:`readable` has arranged.
+    """
+
+    known: KVState
+    context: VisitContext
+    _arranged: dict[tuple[int, bool, bool], Readable] = field(default_factory=dict)
+
+    @classmethod
+    def of_all_tokens(cls, kv: Mapping[int, KV], context: VisitContext) -> KVView:
+        return cls({producer: KVBlocks((whole,)) for producer, whole in kv.items()}, context)
+
+    def blocks(self, producer: int) -> KVBlocks:
+        return self.known.get(producer, KVBlocks.unknown(self.context.stride))
+
+    def whole(self) -> dict[int, KV]:
+        """All that is known, of all tokens in their order."""
+        return {producer: blocks.whole() for producer, blocks in self.known.items()}
+
+    def with_own(self, producer: int, own: KV) -> KVView:
+        """After ``producer`` has made its keys and values of the context's tokens."""
+        return self.reading(producer, self.blocks(producer).with_block(self.context.offset, own))
+
+    def reading(self, producer: int, blocks: KVBlocks) -> KVView:
+        """With ``blocks`` in place of what is known of ``producer``."""
+        others = {key: kept for key, kept in self._arranged.items() if key[0] != producer}
+        return KVView({**self.known, producer: blocks}, self.context, others)
+
+    def without(self, producer: int) -> KVView:
+        """Without the keys and values of ``producer``, which no other layer reads."""
+        known = {other: blocks for other, blocks in self.known.items() if other != producer}
+        return KVView(known, self.context, self._arranged)
+
+    def readable(self, layer: int) -> Readable:
+        """What the attention of ``layer`` reads; arranged once for all consumers alike."""
+        sharing = self.context.spec.map
+        producer = sharing.sources[layer]
+        if producer == layer:
+            return self._arrange(layer, producer)
+        key = (producer, sharing.is_upward(layer), sharing.windowed[layer])
+        if key not in self._arranged:
+            self._arranged[key] = self._arrange(layer, producer)
+        return self._arranged[key]
+
+    def _arrange(self, layer: int, producer: int) -> Readable:
+        """As blocks where no mask is needed, else as one tensor."""
+        blocks = self.blocks(producer)
+        visible = self.context.visibility(layer, len(blocks.known))
+        as_blocks = self.context.stride > 1 and visible.mask is None
+        return Readable(blocks if as_blocks else blocks.concatenated(), visible)
