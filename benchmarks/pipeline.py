@@ -124,14 +124,14 @@ def graph_of(name: str, events: list[Event], microbatches: int) -> tuple[Any, An
 
 def stage_tasks(placed: Any) -> tuple[Any, ...]:
     """One task for each stage: what the schedules of megatron-core run as a whole."""
-    from megatron_kvshare.stages.tasks import Key, Kind, Task
+    from megatron_kvshare.stages.tasks import EmbedTask, HeadTask, Key, Task
 
-    keys = [Key("hidden", stage.stop) for stage in placed.stages]
-    reads = [(), *((key,) for key in keys)]
-    return tuple(
-        Task(Kind.LAYERS, stage, hidden=read, makes=(key,))
-        for stage, key, read in zip(placed.stages, keys, reads, strict=False)
-    )
+    first, *others = placed.stages
+    tasks: list[Task] = [EmbedTask(stage=first, makes=(Key("hidden", first.stop),))]
+    for stage in others:
+        made = Key("hidden", stage.stop)
+        tasks.append(HeadTask(stage=stage, hidden=Key("hidden", stage.first), makes=(made,)))
+    return tuple(tasks)
 
 
 def replay(graph: Any, order: Sequence[Sequence[Any]]) -> float:
@@ -235,17 +235,17 @@ def simulate() -> list[dict[str, Any]]:
 def unit_graph(plan: Any, ranks: int) -> Any:
     from megatron_kvshare.stages.order import TaskGraph
     from megatron_kvshare.stages.placement import Placement
-    from megatron_kvshare.stages.tasks import Kind, tasks_of
+    from megatron_kvshare.stages.tasks import FinishTask, LayersTask, VisitTask, tasks_of
 
     each = plan.map.num_layers // ranks
     tasks = tasks_of(plan, Placement(plan.map, (each,) * ranks, ranks))
 
     def forward(task: Any) -> float:
-        if task.kind is Kind.VISIT:
-            return len(task.visit.steps) / task.the_sweep.stride
-        if task.kind is Kind.LAYERS:
+        if isinstance(task, VisitTask):
+            return len(task.visit.steps) / task.sweep.stride
+        if isinstance(task, LayersTask):
             return float(task.segment.num_layers)
-        return 1.0 if task.kind is Kind.FINISH else 0.0
+        return float(isinstance(task, FinishTask))
 
     costs = tuple(map(forward, tasks))
     backward = tuple(2 * c if t.gradient else 0.0 for c, t in zip(costs, tasks, strict=True))

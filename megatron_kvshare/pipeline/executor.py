@@ -62,9 +62,7 @@ class StageExecutor:
         task = self._task(action)
         for message in self.plan.needed_by(action):
             self._receive_values(message)
-        keys = [*task.reads]
-        if self.measure:
-            keys += [key for key in task.old.values() if key is not None]
+        keys = (*task.reads, *task.measures) if self.measure else task.reads
         with torch.set_grad_enabled(self._has_graph(task)):
             read = {key: self._read(action.microbatch, key) for key in keys}
             output = run_task(task, self.models[task.stage.number], microbatch, read, self.measure)

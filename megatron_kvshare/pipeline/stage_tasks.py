@@ -3,7 +3,7 @@ to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,17 @@ from megatron_kvshare.model.context import SequenceContexts
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.kv import KV, KVBlocks, join_tokens, residual, split_tokens
 from megatron_kvshare.sharing.plan import Carry, ExecutionPlan
-from megatron_kvshare.stages.tasks import Key, Kind, Sources, Task
+from megatron_kvshare.stages.tasks import (
+    CarryTask,
+    EmbedTask,
+    FinishTask,
+    HeadTask,
+    Key,
+    LayersTask,
+    Sources,
+    Task,
+    VisitTask,
+)
 
 Tensors = tuple[torch.Tensor, ...]
 Values = Mapping[Key, Tensors]
@@ -37,22 +47,31 @@ class TaskOutput(NamedTuple):
 
 
 def run_task(
-    task: Task, model: KVShareGPT, microbatch: Microbatch, values: Values, measure: bool
+    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
 ) -> TaskOutput:
     """Compute what ``task`` makes of ``values``, under the caller's autograd mode."""
-    return _RUNNERS[task.kind](task, model, microbatch, values, measure)
-
-
-def _embed(task: Task, model: KVShareGPT, batch: Microbatch, *_: object) -> TaskOutput:
-    assert model.embedding is not None
-    return TaskOutput({task.makes[0]: (model.embedding(batch.token_ids),)})
+    match task:
+        case EmbedTask():
+            assert model.embedding is not None
+            return TaskOutput({task.makes[0]: (model.embedding(batch.token_ids),)})
+        case LayersTask():
+            return _layers(task, model, batch, values, measure)
+        case CarryTask():
+            return _carry(task, model, batch, values)
+        case VisitTask():
+            return _visit(task, model, batch, values, measure)
+        case FinishTask():
+            return _finish(task, model, batch, values)
+        case HeadTask():
+            (hidden,) = values[task.hidden]
+            return TaskOutput({}, loss=model.predict(hidden, batch.labels))
+    raise TypeError(task)
 
 
 def _layers(
-    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
+    task: LayersTask, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
 ) -> TaskOutput:
-    assert task.segment is not None
-    (hidden,) = values[task.hidden[0]]
+    (hidden,) = values[task.hidden]
     entering = StageTensors(hidden, _whole(task.outside, values))
     plan = ExecutionPlan(model.plan.map, (task.segment,))
     output = model.decoder(entering, batch.contexts, plan, measure)
@@ -64,15 +83,12 @@ def _layers(
     return TaskOutput(made, residuals=rows)
 
 
-def _carry(
-    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
-) -> TaskOutput:
-    stride = task.the_sweep.stride
+def _carry(task: CarryTask, model: KVShareGPT, batch: Microbatch, values: Values) -> TaskOutput:
     made: dict[Key, Tensors] = {}
-    for producer, keys in task.kv.items():
-        parts = [part for key in keys if key is not None for part in values[key]]
-        if task.the_sweep.carry is Carry.GROUP_INPUT:
-            parts = list(split_tokens(parts[0], stride))
+    for producer, keys in task.inputs.items():
+        parts: Sequence[torch.Tensor] = [part for key in keys for part in values[key]]
+        if task.sweep.carry is Carry.GROUP_INPUT:
+            parts = split_tokens(parts[0], task.sweep.stride)
         blocks = model.decoder.sweeps.projected(producer, parts, batch.contexts).known
         mine = [key for key in task.makes if key.layer == producer]
         made |= {key: tuple(block) for key, block in zip(mine, blocks, strict=True)}
@@ -80,12 +96,11 @@ def _carry(
 
 
 def _visit(
-    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
+    task: VisitTask, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
 ) -> TaskOutput:
-    assert task.segment is not None and task.visit is not None
-    stride, offset = task.the_sweep.stride, task.visit.offset
-    (hidden,) = values[task.hidden[0]]
-    if task.hidden[0].layer < task.segment.first:  # all tokens enter the group
+    stride, offset = task.sweep.stride, task.visit.offset
+    (hidden,) = values[task.hidden]
+    if task.hidden.layer < task.segment.first:  # all tokens enter the group
         hidden = split_tokens(hidden, stride)[offset].contiguous()
     kv = {p: KVBlocks.of(whole, stride) for p, whole in _whole(task.outside, values).items()}
     kv |= {producer: _blocks(keys, values) for producer, keys in task.kv.items()}
@@ -102,7 +117,7 @@ def _visit(
     return TaskOutput(made, residuals=_moved(task, made, values) if measure else None)
 
 
-def _moved(task: Task, made: Values, values: Values) -> torch.Tensor | None:
+def _moved(task: VisitTask, made: Values, values: Values) -> torch.Tensor | None:
     """How far the visit moved the targets' KV."""
     if not task.old:
         return None
@@ -111,21 +126,11 @@ def _moved(task: Task, made: Values, values: Values) -> torch.Tensor | None:
     return residual(new, old, task.old)
 
 
-def _finish(
-    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
-) -> TaskOutput:
-    (step,) = task.the_sweep.finish
+def _finish(task: FinishTask, model: KVShareGPT, batch: Microbatch, values: Values) -> TaskOutput:
     hidden = join_tokens([values[key][0] for key in task.hidden])
-    kv = {producer: _blocks(keys, values) for producer, keys in task.kv.items()}
-    finished = model.decoder.sweeps.finish(step, hidden, kv, batch.contexts)
+    kv = {task.step.layer: _blocks(task.kv, values)}
+    finished = model.decoder.sweeps.finish(task.step, hidden, kv, batch.contexts)
     return TaskOutput({task.makes[0]: (finished,)})
-
-
-def _head(
-    task: Task, model: KVShareGPT, batch: Microbatch, values: Values, measure: bool
-) -> TaskOutput:
-    (hidden,) = values[task.hidden[0]]
-    return TaskOutput({}, loss=model.predict(hidden, batch.labels))
 
 
 def _blocks(keys: tuple[Key | None, ...], values: Values) -> KVBlocks:
@@ -134,13 +139,3 @@ def _blocks(keys: tuple[Key | None, ...], values: Values) -> KVBlocks:
 
 def _whole(sources: Sources, values: Values) -> dict[int, KV]:
     return {producer: _blocks(keys, values).whole() for producer, keys in sources.items()}
-
-
-_RUNNERS: dict[Kind, Callable[..., TaskOutput]] = {
-    Kind.EMBED: _embed,
-    Kind.LAYERS: _layers,
-    Kind.CARRY: _carry,
-    Kind.VISIT: _visit,
-    Kind.FINISH: _finish,
-    Kind.HEAD: _head,
-}

@@ -28,7 +28,7 @@ from megatron_kvshare.stages.messages import Message, MessagePlan
 from megatron_kvshare.stages.order import Action, best_schedule
 from megatron_kvshare.stages.placement import PayloadShape, Placement
 from megatron_kvshare.stages.task_cost import task_graph
-from megatron_kvshare.stages.tasks import Key, Kind, Task
+from megatron_kvshare.stages.tasks import Key, LayersTask, SweepTask, Task
 from megatron_kvshare.stages.traffic import tokens_of
 
 
@@ -161,10 +161,9 @@ class TaskRunner:
 def _add_residuals(
     rows: torch.Tensor | None, plan: ExecutionPlan, task: Task, output: TaskOutput
 ) -> None:
-    if rows is None or output.residuals is None or task.segment is None:
+    if rows is None or output.residuals is None:
         return
-    group = plan.groups.index(task.segment)
-    if task.kind is Kind.LAYERS:
-        rows[group, : len(output.residuals)] = output.residuals
-    else:
-        rows[group, task.sweep] += output.residuals
+    if isinstance(task, LayersTask):
+        rows[plan.groups.index(task.segment), : len(output.residuals)] = output.residuals
+    elif isinstance(task, SweepTask):
+        rows[plan.groups.index(task.segment), task.number] += output.residuals

@@ -17,7 +17,15 @@ from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.stages.order import TaskGraph
 from megatron_kvshare.stages.placement import Placement
-from megatron_kvshare.stages.tasks import Kind, Task, tasks_of
+from megatron_kvshare.stages.tasks import (
+    CarryTask,
+    FinishTask,
+    HeadTask,
+    LayersTask,
+    Task,
+    VisitTask,
+    tasks_of,
+)
 
 
 def task_graph(shape: ModelShape, plan: ExecutionPlan, placement: Placement) -> TaskGraph:
@@ -30,18 +38,16 @@ def task_graph(shape: ModelShape, plan: ExecutionPlan, placement: Placement) -> 
 
 
 def _work(shape: ModelShape, sharing: SharingMap, task: Task) -> Iterable[Work]:
-    match task.kind:
-        case Kind.EMBED:
-            return ()
-        case Kind.LAYERS:
-            assert task.segment is not None
+    match task:
+        case LayersTask():
             return segment_work(shape, sharing, task.segment)
-        case Kind.CARRY:
-            return carry_work(shape, task.the_sweep, task.kv)
-        case Kind.VISIT:
-            assert task.visit is not None
-            return visit_work(shape, sharing, task.the_sweep, task.visit)
-        case Kind.FINISH:
-            return finish_work(shape, sharing, task.the_sweep)
-        case Kind.HEAD:
+        case CarryTask():
+            return carry_work(shape, task.sweep, task.inputs)
+        case VisitTask():
+            return visit_work(shape, sharing, task.sweep, task.visit)
+        case FinishTask():
+            return finish_work(shape, sharing, task.sweep)
+        case HeadTask():
             return (head_work(shape),)
+        case _:
+            return ()

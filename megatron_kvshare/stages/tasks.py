@@ -9,8 +9,7 @@ reads it, and goes there straight from the stage that made it. No torch here:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,17 +23,6 @@ from megatron_kvshare.sharing.plan import (
     Visit,
 )
 from megatron_kvshare.stages.placement import Placement, Stage
-
-
-class Kind(StrEnum):
-    """What a task does."""
-
-    EMBED = "embed"
-    LAYERS = "layers"  # a part of a segment that lies whole in its stage
-    CARRY = "carry"  # keys and values that a sweep begins with, projected from inputs
-    VISIT = "visit"  # what a stage has of one visit of a sweep
-    FINISH = "finish"  # the steps for all tokens after the visits of a last sweep
-    HEAD = "head"
 
 
 class Key(NamedTuple):
@@ -56,34 +44,127 @@ Sources = Mapping[int, tuple[Key | None, ...]]
 """Producer -> the values that its blocks of KV are, None where a block is not known yet."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """``hidden``: the values its hidden states come from, one, or one per visit; ``kv``: of
-    producers in its own segment; ``outside``: of producers below; ``makes``: what later tasks
-    read. ``old``: the KV of the targets it renews as they were, to measure the residual."""
+    """What one stage computes at a time. ``makes``: the values that later tasks read; ``gradient``:
+    whether it has a backward."""
 
-    kind: Kind
     stage: Stage
-    gradient: bool = True
-    segment: Segment | None = None
-    sweep: int = 0
-    visit: Visit | None = None
-    hidden: tuple[Key, ...] = ()
-    kv: Sources = field(default_factory=dict)
-    outside: Sources = field(default_factory=dict)
     makes: tuple[Key, ...] = ()
-    old: Mapping[int, Key | None] = field(default_factory=dict)
+    gradient: bool = True
+
+    @property
+    def reads(self) -> tuple[Key, ...]:
+        """Every value once, in a fixed order."""
+        return ()
+
+    @property
+    def measures(self) -> tuple[Key, ...]:
+        """What it reads besides to measure a residual."""
+        return ()
+
+    @property
+    def stride(self) -> int:
+        """The values are those of every ``stride``-th token."""
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedTask(Task):
+    """The embedding of all tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersTask(Task):
+    """A part of a segment that lies whole in its stage; ``outside``: KV of producers below."""
+
+    segment: Segment
+    hidden: Key
+    outside: Sources
 
     @cached_property
     def reads(self) -> tuple[Key, ...]:
-        """Every value once, in a fixed order."""
-        kv = (key for source in (self.kv, self.outside) for keys in source.values() for key in keys)
-        return tuple(dict.fromkeys(key for key in (*self.hidden, *kv) if key is not None))
+        return _each_once((self.hidden,), self.outside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepTask(Task):
+    """A part of sweep number ``number`` of a cyclic group."""
+
+    segment: Segment
+    number: int
 
     @property
-    def the_sweep(self) -> Sweep:
-        assert self.segment is not None
-        return self.segment.sweeps[self.sweep]
+    def sweep(self) -> Sweep:
+        return self.segment.sweeps[self.number]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarryTask(SweepTask):
+    """Keys and values that a sweep begins with, projected from ``inputs`` of their producers."""
+
+    inputs: Mapping[int, tuple[Key, ...]]
+
+    @cached_property
+    def reads(self) -> tuple[Key, ...]:
+        return _each_once((), self.inputs)
+
+    @property
+    def stride(self) -> int:
+        return self.sweep.stride
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisitTask(SweepTask):
+    """What a stage has of one visit of a sweep. ``kv``: of producers in its own segment;
+    ``outside``: of producers below; ``old``: the KV of the targets it renews as they were."""
+
+    visit: Visit
+    hidden: Key
+    kv: Sources
+    outside: Sources
+    old: Mapping[int, Key | None]
+
+    @cached_property
+    def reads(self) -> tuple[Key, ...]:
+        return _each_once((self.hidden,), self.kv, self.outside)
+
+    @property
+    def measures(self) -> tuple[Key, ...]:
+        return tuple(key for key in self.old.values() if key is not None)
+
+    @property
+    def stride(self) -> int:
+        return self.sweep.stride
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishTask(SweepTask):
+    """The step for all tokens after the visits of a last sweep; ``hidden``: one of each visit."""
+
+    step: LayerStep
+    hidden: tuple[Key, ...]
+    kv: tuple[Key, ...]
+
+    @cached_property
+    def reads(self) -> tuple[Key, ...]:
+        return (*self.hidden, *self.kv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTask(Task):
+    """The output head and the loss."""
+
+    hidden: Key
+
+    @property
+    def reads(self) -> tuple[Key, ...]:
+        return (self.hidden,)
+
+
+def _each_once(hidden: tuple[Key, ...], *kv: Sources) -> tuple[Key, ...]:
+    keys = (key for sources in kv for source in sources.values() for key in source)
+    return tuple(dict.fromkeys(key for key in (*hidden, *keys) if key is not None))
 
 
 def tasks_of(plan: ExecutionPlan, placement: Placement) -> tuple[Task, ...]:
@@ -103,7 +184,7 @@ class _Builder:
 
     def build(self) -> Iterator[Task]:
         first, last = self.placement.stages[0], self.placement.stages[-1]
-        yield Task(Kind.EMBED, first, makes=(self.hidden,))
+        yield EmbedTask(stage=first, makes=(self.hidden,))
         for segment in self.plan.segments:
             stages = self._stages(segment)
             if segment.is_cyclic and len(stages) > 1:
@@ -111,7 +192,7 @@ class _Builder:
             else:
                 for stage in stages:
                     yield self._layers(segment, stage)
-        yield Task(Kind.HEAD, last, hidden=(self.hidden,))
+        yield HeadTask(stage=last, hidden=self.hidden)
 
     def _stages(self, segment: Segment) -> list[Stage]:
         stages = self.placement.stages
@@ -132,9 +213,7 @@ class _Builder:
         hidden, self.hidden = self.hidden, Key("hidden", part.last)
         self.final |= made
         makes = (self.hidden, *(key for keys in made.values() for key in keys))
-        return Task(
-            Kind.LAYERS, stage, segment=part, hidden=(hidden,), outside=outside, makes=makes
-        )
+        return LayersTask(stage=stage, segment=part, hidden=hidden, outside=outside, makes=makes)
 
     def _sources(self, layers: range) -> list[int]:
         return sorted({self.map.sources[layer] for layer in layers})
@@ -197,13 +276,12 @@ class _Group:
             source: dict[int, tuple[Key, ...]] = {p: (self.entering,) for p in mine}
             if self.sweep.carry is Carry.PROJECTED:
                 source = {p: self._inputs(p, self.number - 1) for p in mine}
-            yield Task(
-                Kind.CARRY,
-                stage,
+            yield CarryTask(
+                stage=stage,
                 gradient=self.sweep.gradient,
                 segment=self.segment,
-                sweep=self.number,
-                kv=source,
+                number=self.number,
+                inputs=source,
                 makes=tuple(key for each in keys.values() for key in each),
             )
 
@@ -238,14 +316,13 @@ class _Group:
             inside = {step.layer for step in steps}
             read = {p: self._read(p, steps, visit.offset) for p in self._read_inside(steps)}
             outside = {p: self.builder.final[p] for p in self._read_below(steps)}
-            yield Task(
-                Kind.VISIT,
-                stage,
+            yield VisitTask(
+                stage=stage,
                 gradient=self.sweep.gradient,
                 segment=self.segment,
-                sweep=self.number,
+                number=self.number,
                 visit=Visit(steps, visit.offset),
-                hidden=(hidden,),
+                hidden=hidden,
                 kv=read,
                 outside=outside,
                 makes=tuple(makes),
@@ -305,13 +382,13 @@ class _Group:
         (step,) = self.sweep.finish
         last = self.segment.last
         visits = range(self.sweep.stride)
-        return Task(
-            Kind.FINISH,
-            self.stages[-1],
+        return FinishTask(
+            stage=self.stages[-1],
             gradient=self.sweep.gradient,
             segment=self.segment,
-            sweep=self.number,
+            number=self.number,
+            step=step,
             hidden=tuple(Key("hidden", last, self.number, offset) for offset in visits),
-            kv={step.layer: self.blocks(step.layer)},
+            kv=self.blocks(step.layer),
             makes=(self.leaving,),
         )

@@ -6,7 +6,7 @@ from megatron_kvshare.sharing.plan import ExecutionPlan, subset_length
 from megatron_kvshare.stages.messages import MessagePlan
 from megatron_kvshare.stages.placement import PayloadShape, Placement, boundary_widths
 from megatron_kvshare.stages.task_cost import task_graph
-from megatron_kvshare.stages.tasks import Key, Kind, Task
+from megatron_kvshare.stages.tasks import Key, Task
 
 FLOPS_PER_BYTE = 2000
 """What a device computes while it sends a byte, for the proposed layout: 400 TFLOP/s, 200 GB/s."""
@@ -15,9 +15,8 @@ FLOPS_PER_BYTE = 2000
 def tokens_of(task: Task, key: Key, payload: PayloadShape) -> int:
     """Tokens of a value that ``task`` makes, on one rank: KV of the whole sequence, hidden states
     of the rank's part, and of both only the subset of a visit."""
-    stride = task.the_sweep.stride if task.kind in (Kind.VISIT, Kind.CARRY) else 1
     length = payload.seq_length if key.is_kv else payload.rows
-    return subset_length(length, stride, key.offset)
+    return subset_length(length, task.stride, key.offset)
 
 
 def bytes_sent(plan: ExecutionPlan, placement: Placement, payload: PayloadShape) -> list[int]:

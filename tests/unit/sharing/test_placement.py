@@ -23,7 +23,7 @@ from megatron_kvshare.stages.placement import (
 )
 from megatron_kvshare.stages.rank_memory import on_fullest_rank
 from megatron_kvshare.stages.task_cost import task_graph
-from megatron_kvshare.stages.tasks import tasks_of
+from megatron_kvshare.stages.tasks import FinishTask, VisitTask, tasks_of
 from tests.unit.sharing.strategies import recipes, sharing_maps
 
 SHAPE = ModelShape(
@@ -89,10 +89,13 @@ def test_tasks_run_every_step_of_the_plan_once(sharing, recipe: Recipe, layout) 
     tasks = tasks_of(plan, placed)
     ran = Counter()
     for task in tasks:
-        steps = [] if task.visit is None else task.visit.steps
-        if task.kind == "finish":
-            steps = task.the_sweep.finish
-        ran.update((task.sweep, task.visit and task.visit.offset, step) for step in steps)
+        if isinstance(task, VisitTask):
+            steps, offset = task.visit.steps, task.visit.offset
+        elif isinstance(task, FinishTask):
+            steps, offset = (task.step,), None
+        else:
+            continue
+        ran.update((task.number, offset, step) for step in steps)
         assert all(step.layer in task.stage.layers for step in steps)
     spanning = set(placed.spanning_groups)
     wanted = Counter(
