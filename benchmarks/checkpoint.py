@@ -27,7 +27,7 @@ import torch
 from train_step import MODEL, VOCAB
 
 from megatron_kvshare.checkpoint.parts import Part
-from megatron_kvshare.checkpoint.saver import Saver
+from megatron_kvshare.checkpoint.save import Saver
 from megatron_kvshare.config import (
     CheckpointConfig,
     DataConfig,

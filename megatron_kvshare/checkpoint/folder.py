@@ -1,20 +1,30 @@
-"""Where checkpoints lie: ``iter_0000100`` folders beside a tracker file, as in Megatron."""
+"""Where checkpoints lie: ``iter_0000100`` folders beside a tracker file, as in Megatron.
+
+Which there are, how one gets its name, which stay when a newer one has been written, and what tells
+that there were some where none can be found. No torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_kvshare.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_kvshare.errors import CheckpointError, Fault
-from megatron_kvshare.ownership.aside import aside, remove, remove_leftovers, sync
+from megatron_kvshare.ownership.aside import PARTIAL, aside, remove, remove_leftovers, sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OLD = ".old"
 """Ending of a checkpoint while another one takes its name."""
+_GOING = ".deleted"
+"""Ending of one that is being removed."""
+_SHOWN = 5
+"""Traces named in one message; the others are counted."""
 
 
 def iteration_folder(root: Path, iteration: int) -> Path:
@@ -40,25 +50,6 @@ def latest_iteration(root: Path) -> int | None:
         fix = f"write the number of an existing iter_* folder into {tracker}"
         raise CheckpointError(Fault(str(tracker), text, rule, fix))
     return int(text)
-
-
-def is_file_name(name: str) -> bool:
-    """Whether it names something in a folder, and nothing else anywhere."""
-    return name not in ("", ".", "..") and not any(each in name for each in "/\\\0")
-
-
-def file_inside(folder: Path, name: str) -> Path:
-    """The file ``name`` of a checkpoint, where what is read says the name.
-
-    Raises:
-        ValueError: it would be a file outside the folder, by its path or through a link.
-    """
-    if not is_file_name(name):
-        raise ValueError(f"{name!r} is not the name of a file in the folder")
-    path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
-        raise ValueError(f"{name} is a link that leads out of the folder")
-    return path
 
 
 def begin(target: Path) -> Path:
@@ -177,3 +168,109 @@ def _replace(partial: Path, target: Path) -> None:
             old.rename(target)
         raise
     remove(old)
+
+
+# Which stay when a newer one has been written -----------------------------------------------------
+
+
+class Keep(NamedTuple):
+    """``last``: how many of the newest stay, None: all; ``every``: multiples of it stay as well."""
+
+    last: int | None = None
+    every: int | None = None
+
+    def superseded(self, iterations: list[int], written: int) -> list[int]:
+        """Those of ``iterations`` that go now that ``written`` is complete, oldest first.
+
+        Newer ones than ``written`` are left alone: a run that went back to an older checkpoint has
+        not replaced them yet.
+        """
+        if self.last is None:
+            return []
+        past = sorted(each for each in iterations if each < written)
+        stay = past[-(self.last - 1) :] if self.last > 1 else []
+        return [
+            each for each in past if each not in stay and (self.every is None or each % self.every)
+        ]
+
+
+KEEP_ALL = Keep()
+
+
+def remove_superseded(root: Path, written: int, keep: Keep) -> list[str]:
+    """Remove what ``keep`` lets go; returns what could not be removed, and why.
+
+    A folder loses its name before its files go: half a checkpoint never looks like one. What an
+    earlier removal left, because the machine stopped, goes too.
+    """
+    if keep.last is None:
+        return []
+    found = dict(_checkpoints(root))
+    going = list(root.glob(f"iter_*{_GOING}"))
+    problems = []
+    for iteration in keep.superseded(list(found), written):
+        folder = found[iteration]
+        try:
+            going.append(folder.rename(folder.with_name(folder.name + _GOING)))
+        except OSError as error:
+            problems.append(f"{folder} cannot be removed: {error.strerror}")
+    for folder in going:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            problems.append(f"{folder} cannot be removed: {error.strerror}")
+    return problems
+
+
+def _checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
+    """The folders that are certainly checkpoints of this program, by iteration."""
+    for folder in root.glob("iter_*"):
+        number = re.fullmatch(r"iter_(\d+)", folder.name)
+        if number is None or folder.is_symlink() or not folder.is_dir():
+            continue
+        try:
+            step = read_manifest(folder).progress.step
+        except CheckpointError:
+            continue
+        if folder == iteration_folder(root, step):
+            yield step, folder
+
+
+# Where there were some ----------------------------------------------------------------------------
+
+
+def traces(root: Path) -> list[str]:
+    """What tells that there were checkpoints, where none can be found: a run must not start over
+    because a disk is not there. A line for each.
+
+    What a killed run was writing aside is none: it was not complete.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    if not root.is_dir():
+        return []
+    found = []
+    for name in sorted(os.listdir(root)):
+        path = root / name
+        if name == TRACKER:
+            found.append(f"{path} {_tracker_text(path)}")
+        elif name.startswith("iter_") and not name.endswith(PARTIAL):
+            found.append(f"{path} {_folder_state(path)}")
+        elif not name.endswith((PARTIAL, OLD)) and os.path.lexists(path / MANIFEST):
+            found.append(f"{path} is a checkpoint under another name")
+    return found if len(found) <= _SHOWN else [*found[:_SHOWN], f"{len(found) - _SHOWN} more"]
+
+
+def _tracker_text(tracker: Path) -> str:
+    try:
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return f"names step {text[:20]}"
+
+
+def _folder_state(path: Path) -> str:
+    if path.is_symlink() and not os.path.exists(path):
+        return f"is a link to {os.readlink(path)}, which is not there"
+    return "is no folder of a checkpoint" if path.is_dir() else "is no folder"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_kvshare.checkpoint.folder import file_inside
+from megatron_kvshare.checkpoint.manifest import file_inside
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 
 Marks = Mapping[str, Mapping[str, Any]]

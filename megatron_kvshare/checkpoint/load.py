@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_kvshare.checkpoint import folder as folders
-from megatron_kvshare.checkpoint import older
 from megatron_kvshare.checkpoint.integrity import problems_of_all
 from megatron_kvshare.checkpoint.manifest import (
     Manifest,
@@ -22,7 +21,6 @@ from megatron_kvshare.checkpoint.manifest import (
     check_identity,
     read_manifest,
 )
-from megatron_kvshare.checkpoint.metadata import read_metadata
 from megatron_kvshare.checkpoint.parts import (
     OPTIMIZER,
     RANDOM_STATE,
@@ -30,12 +28,12 @@ from megatron_kvshare.checkpoint.parts import (
     OptimizerState,
     Part,
     optimizer_parts,
+    set_random_state,
     single_parts,
     weight_parts,
 )
-from megatron_kvshare.checkpoint.random_state import set_random_state
+from megatron_kvshare.checkpoint.pickles import older_random_state, older_updates, read_metadata
 from megatron_kvshare.checkpoint.storage import read_parts
-from megatron_kvshare.checkpoint.traces import traces
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.optimizer_state import MAIN
@@ -133,7 +131,7 @@ def newest_sound(settings: CheckpointConfig, state: ParallelState) -> Newest:
 
 
 def _check_nothing_was_there(root: Path, state: ParallelState, promises: Promises) -> None:
-    found = _seen_by_first(lambda: [*traces(root), *promises()], root, state)
+    found = _seen_by_first(lambda: [*folders.traces(root), *promises()], root, state)
     if not found:
         return
     rule = f"--resume auto finds no checkpoint in it, but there was one: {'; '.join(found)}"
@@ -270,7 +268,7 @@ def _as_stored(part: Part, names: Collection[str], take_optimizer: bool) -> Part
 
 def _updates(folder: Path, metadata: Metadata) -> int:
     if UPDATES not in metadata.state_dict_metadata:
-        return older.updates(folder)
+        return older_updates(folder)
     count = torch.zeros(1, dtype=torch.int64)
     read_parts(single_parts("", {UPDATES: count}), folder, metadata)
     return int(count)
@@ -285,7 +283,7 @@ def _random_state(
         name.removeprefix(prefix): each.size for name, each in stored if name.startswith(prefix)
     }
     if not sizes:
-        return older.random_state(folder, metadata, state.rank, state.world_size)
+        return older_random_state(folder, metadata, state.rank, state.world_size)
     states = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
     read_parts(single_parts(prefix, states), folder, metadata)
     return states

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_kvshare.checkpoint.folder import is_file_name
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.config.settings import flag_of
 from megatron_kvshare.errors import CheckpointError, Fault, KVShareError
@@ -116,6 +115,25 @@ def _digest(values: dict[str, Any]) -> str:
     """SHA-256 of a manifest, however it is laid out as text."""
     rest = {name: value for name, value in values.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def is_file_name(name: str) -> bool:
+    """Whether it names something in a folder, and nothing else anywhere."""
+    return name not in ("", ".", "..") and not any(each in name for each in "/\\\0")
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The file ``name`` of a checkpoint, where what is read says the name.
+
+    Raises:
+        ValueError: it would be a file outside the folder, by its path or through a link.
+    """
+    if not is_file_name(name):
+        raise ValueError(f"{name!r} is not the name of a file in the folder")
+    path = folder / name
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        raise ValueError(f"{name} is a link that leads out of the folder")
+    return path
 
 
 class NewerFormat(CheckpointError):

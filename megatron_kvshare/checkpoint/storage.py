@@ -38,8 +38,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_kvshare.checkpoint.metadata import damaged
 from megatron_kvshare.checkpoint.parts import Part
+from megatron_kvshare.checkpoint.pickles import damaged
 from megatron_kvshare.megatron_api.memory import shortage
 
 

@@ -90,7 +90,7 @@ def _to_hf(argv: Sequence[str]) -> int:
         "kvshare convert to-hf", "Write a checkpoint as a Hugging Face folder.", _TO_EXAMPLES
     )
     config = parse(ToHuggingFaceConfig, argv, command)
-    from megatron_kvshare.checkpoint.stored import open_checkpoint
+    from megatron_kvshare.checkpoint.reader import open_checkpoint
     from megatron_kvshare.conversion.export import ExportJob, export
     from megatron_kvshare.megatron_api import parallel
 

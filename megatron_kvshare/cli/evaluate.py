@@ -127,7 +127,7 @@ def _scores(config: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 def _tokenizer(config: EvaluateConfig):
-    from megatron_kvshare.checkpoint.stored import open_checkpoint
+    from megatron_kvshare.checkpoint.reader import open_checkpoint
     from megatron_kvshare.data.tokenizers import kind_of, load_tokenizer
 
     path = config.tokenizer_model or config.hf
@@ -156,7 +156,7 @@ def _tasks(config: EvaluateConfig) -> list[dict[str, Any]]:
     )
     if config.hf is not None:
         return run_tasks(job)
-    from megatron_kvshare.checkpoint.stored import open_checkpoint
+    from megatron_kvshare.checkpoint.reader import open_checkpoint
     from megatron_kvshare.conversion.export import ExportJob, export
     from megatron_kvshare.megatron_api import parallel
 

@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
         "kvshare verify", "Compare a checkpoint with a Hugging Face folder.", _EXAMPLES
     )
     config = parse(VerifyConfig, argv, command)
-    from megatron_kvshare.checkpoint.stored import open_checkpoint
+    from megatron_kvshare.checkpoint.reader import open_checkpoint
     from megatron_kvshare.conversion.config_keys import doubts
     from megatron_kvshare.conversion.folder import CONFIG, read_json
     from megatron_kvshare.conversion.verify import verify

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_kvshare.checkpoint.stored import StoredModel
+from megatron_kvshare.checkpoint.reader import StoredModel
 from megatron_kvshare.conversion import folder as folders
 from megatron_kvshare.conversion.card import model_card
 from megatron_kvshare.conversion.own_code import CODE, HERE

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from megatron_kvshare.checkpoint.manifest import Progress
-from megatron_kvshare.checkpoint.saver import Saver
+from megatron_kvshare.checkpoint.save import Saver
 from megatron_kvshare.config import PretrainConfig
 from megatron_kvshare.data.train_data import TrainData
 from megatron_kvshare.engines.engine import Engine

@@ -13,7 +13,7 @@ from megatron_kvshare.checkpoint.load import (
     newest_sound,
 )
 from megatron_kvshare.checkpoint.manifest import Health, Progress, check_data
-from megatron_kvshare.checkpoint.saver import Saver
+from megatron_kvshare.checkpoint.save import Saver
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.data import train_data
 from megatron_kvshare.data.data_plan import DataRequest

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_kvshare.checkpoint.stored import open_checkpoint
+from megatron_kvshare.checkpoint.reader import open_checkpoint
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.conversion.export import ExportJob, export
 from megatron_kvshare.model.parameters import gather_by_name

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_kvshare.checkpoint.saver import Saver
+from megatron_kvshare.checkpoint.save import Saver
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.parameters import gather_by_name

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_kvshare import load_model
-from megatron_kvshare.checkpoint.stored import open_checkpoint
+from megatron_kvshare.checkpoint.reader import open_checkpoint
 from megatron_kvshare.conversion.export import ExportJob, export
 from megatron_kvshare.evaluation.api import LoadedModel
 from megatron_kvshare.megatron_api.parallel import ParallelState

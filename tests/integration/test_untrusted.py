@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_kvshare.checkpoint.integrity import mark
 from megatron_kvshare.checkpoint.manifest import MANIFEST, _digest
-from megatron_kvshare.checkpoint.metadata import METADATA, read_metadata
-from megatron_kvshare.checkpoint.older import COMMON
-from megatron_kvshare.checkpoint.stored import open_checkpoint
+from megatron_kvshare.checkpoint.pickles import COMMON, METADATA, read_metadata
+from megatron_kvshare.checkpoint.reader import open_checkpoint
 from megatron_kvshare.errors import CheckpointError
 from tests.distributed.world import Layout, World
 from tests.integration.pretrain_jobs import run_pretrain

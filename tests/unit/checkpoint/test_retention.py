@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kvshare.checkpoint.folder import candidates, iteration_folder
+from megatron_kvshare.checkpoint.folder import Keep, candidates, iteration_folder, remove_superseded
 from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, Progress
-from megatron_kvshare.checkpoint.retention import Keep, remove_superseded
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_kvshare.checkpoint.stored import whole_model
+from megatron_kvshare.checkpoint.reader import whole_model
 from megatron_kvshare.conversion.exported.configuration_kvshare import KVShareConfig
 from megatron_kvshare.conversion.exported.modeling_kvshare import KVShareForCausalLM
 from megatron_kvshare.conversion.folder import CONFIG, INDEX, HuggingFaceWeights

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_kvshare.checkpoint.stored import open_checkpoint
+from megatron_kvshare.checkpoint.reader import open_checkpoint
 from megatron_kvshare.cli.main import main
 from megatron_kvshare.conversion import verify
 from megatron_kvshare.conversion.export import ExportJob, export

@@ -1,5 +1,5 @@
-"""The list of tensors of somebody's checkpoint: it runs nothing, changes nothing in this process
-and leads nowhere but to files of its folder."""
+"""The pickles of somebody's checkpoint, its list of tensors above all: they run nothing, change
+nothing in this process and lead nowhere but to files of its folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from megatron_kvshare.checkpoint.folder import file_inside
 from megatron_kvshare.checkpoint.integrity import mark, problems
-from megatron_kvshare.checkpoint.metadata import METADATA, read_metadata
-from megatron_kvshare.checkpoint.older import random_state
+from megatron_kvshare.checkpoint.manifest import file_inside
 from megatron_kvshare.checkpoint.parts import single_parts
+from megatron_kvshare.checkpoint.pickles import METADATA, older_random_state, read_metadata
 from megatron_kvshare.checkpoint.storage import read_parts, write_parts
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.megatron_api.parallel import ParallelState
@@ -108,7 +107,7 @@ def test_so_do_marked_files_and_random_states(folder: Path) -> None:
     place.relative_path = outside
     metadata.storage_data[MetadataIndex("random_state/shard_0_1")] = place
     with pytest.raises(CheckpointError, match="is not the name of a file in the folder"):
-        random_state(folder, metadata, 0, 1)
+        older_random_state(folder, metadata, 0, 1)
 
 
 def test_links_within_the_folder_and_to_it_are_followed(folder: Path) -> None:
@@ -150,12 +149,12 @@ STATES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("content", STATES.values(), ids=STATES.keys())
 def test_nothing_that_outlives_the_reading_is_changed(content: bytes, folder: Path) -> None:
-    from megatron_kvshare.checkpoint import metadata
+    from megatron_kvshare.checkpoint import pickles
 
     (folder / METADATA).write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_metadata(folder)
-    ours = [value for value in vars(metadata).values() if callable(value)]
+    ours = [value for value in vars(pickles).values() if callable(value)]
     for thing in (Metadata, TensorProperties, WriteItemType.SHARD, torch.Size, *ours):
         assert not hasattr(thing, "planted"), thing
     assert not hasattr(torch.serialization._get_layout, "planted")

@@ -1,7 +1,9 @@
-"""torch's list of what a checkpoint holds, read so that it runs nobody's code."""
+"""The pickles in a checkpoint, read as data, never as code: torch's list of its tensors, and what
+formats before 6 kept besides."""
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,10 +19,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_kvshare.checkpoint.folder import file_inside
+from megatron_kvshare.checkpoint.manifest import file_inside
 from megatron_kvshare.errors import CheckpointError, Fault
 
 METADATA = ".metadata"
+COMMON = "common.pt"
+"""Of formats before 6."""
 Kind = TypeVar("Kind")
 
 _DCP = "torch.distributed.checkpoint"
@@ -172,3 +176,43 @@ def _of(value: Any, kind: type[Kind]) -> Kind:
     if type(value) is not kind:
         raise ValueError(f"it holds something else in place of {kind.__name__}")
     return value
+
+
+# Formats before 6, written by megatron-core: the number of updates is in common.pt, each rank's
+# random state in bytes among its tensors
+
+
+def older_updates(folder: Path) -> int:
+    """How many updates the optimizer state has seen.
+
+    Raises:
+        CheckpointError: it is not there, or the file would run code.
+    """
+    try:
+        common = torch.load(file_inside(folder, COMMON), map_location="cpu", weights_only=True)
+        stored = common["optimizer"]
+        stored = stored.get("optimizer", stored)
+        common_step = stored.get("state", {}).get("common_step")
+        return int(stored["param_groups"][0]["step"] if common_step is None else common_step)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise damaged(folder, f"{COMMON} cannot be read as data: {error}") from error
+
+
+def older_random_state(
+    folder: Path, metadata: Metadata, rank: int, world_size: int
+) -> dict[str, torch.Tensor]:
+    """Generator states of one rank.
+
+    Raises:
+        CheckpointError: they are not there, or would run code.
+    """
+    name = f"random_state/shard_{rank}_{world_size}"
+    try:
+        place: Any = metadata.storage_data[MetadataIndex(name)]
+        with file_inside(folder, place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            content = io.BytesIO(file.read(place.length))
+        (states,) = torch.load(content, map_location="cpu", weights_only=True)
+        return {str(name): torch.as_tensor(state) for name, state in states.items()}
+    except Exception as error:
+        raise damaged(folder, f"{name} cannot be read as data: {error}") from error
