@@ -1,11 +1,7 @@
 #!/usr/bin/env python3
 """The same as `kvshare convert to-hf`: see `--help`."""
 
-from __future__ import annotations
-
-import sys
-
-from megatron_kvshare.cli.main import main
+from as_script import kvshare
 
 if __name__ == "__main__":
-    sys.exit(main(["convert", "to-hf", *sys.argv[1:]]))
+    kvshare("convert", "to-hf")

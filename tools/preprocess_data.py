@@ -1,10 +1,7 @@
-"""Megatron's script name for ``kvshare preprocess``."""
+#!/usr/bin/env python3
+"""Megatron's script name for `kvshare preprocess`: see `--help`."""
 
-from __future__ import annotations
-
-import sys
-
-from megatron_kvshare.cli.main import main
+from as_script import kvshare
 
 if __name__ == "__main__":
-    sys.exit(main(["preprocess", *sys.argv[1:]]))
+    kvshare("preprocess")

@@ -1,10 +1,7 @@
-"""The script form of ``kvshare train-tokenizer``."""
+#!/usr/bin/env python3
+"""The same as `kvshare train-tokenizer`: see `--help`."""
 
-from __future__ import annotations
-
-import sys
-
-from megatron_kvshare.cli.main import main
+from as_script import kvshare
 
 if __name__ == "__main__":
-    sys.exit(main(["train-tokenizer", *sys.argv[1:]]))
+    kvshare("train-tokenizer")
