@@ -18,7 +18,7 @@ from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.data import train_data
 from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
-from megatron_kvshare.engines.build import build_engine
+from megatron_kvshare.engines import build_engine
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 from megatron_kvshare.model.gpt import build_stages
