@@ -92,26 +92,6 @@ def compare(stored: StoredModel, folder: Path, state: ParallelState) -> Verified
     return Verified(count, difference)
 
 
-def same_logits(
-    spec: ModelSpec,
-    weights: TensorSource,
-    folder: Path,
-    config: Mapping[str, Any],
-    state: ParallelState,
-) -> LogitDifference:
-    """Run both models.
-
-    Raises:
-        CheckpointError: they differ by more than rounding, or the folder's cannot be run.
-    """
-    difference = logit_difference(spec, weights, folder, config, state)
-    if not difference.value <= difference.limit:
-        rule = f"fp32 logits may differ by {difference.limit:.0e} of the largest"
-        fix = "convert again; if it stays, report it with both config.json and kvshare.json"
-        raise CheckpointError(Fault(str(folder), f"{difference.value:.2e}", rule, fix))
-    return difference
-
-
 def runs_here(config: Mapping[str, Any]) -> bool:
     """Whether there is code for the folder's model: ours or that of transformers itself."""
     return config.get("model_type") in (MODEL_TYPE, LLAMA, MISTRAL)
@@ -180,23 +160,22 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def logit_difference(
+def same_logits(
     spec: ModelSpec,
     weights: TensorSource,
     folder: Path,
     config: Mapping[str, Any],
     state: ParallelState,
 ) -> LogitDifference:
-    """The same random tokens through both models; windows, whose width the descriptions agree on,
-    are narrowed for both where the tokens would not reach their end."""
+    """The same random tokens through both models.
+
+    Raises:
+        CheckpointError: they differ by more than rounding, or the folder's cannot be run.
+    """
     generator = torch.Generator().manual_seed(0)
     length = min(LENGTH, spec.model.max_positions)
     tokens = torch.randint(spec.vocab_size, (BATCH, length), generator=generator)
-    narrow: dict[str, int] = {}
-    if spec.window_size is not None and any(spec.map.windowed):
-        window = min(spec.window_size, max(length // 4, 1))
-        spec = replace(spec, window_size=window)
-        narrow = {_WINDOWS[config["model_type"]]: window}
+    spec, narrow = _narrowed(spec, config, length)
     theirs = _logits(folder, config, narrow, tokens)
     model = whole_model(spec, weights, state)
     plan = solver_plan(spec.map, spec.recipe.for_length(length))
@@ -210,7 +189,22 @@ def logit_difference(
     if value > limit:
         _turn_last_bits(model.shared_embedding_or_output_weight(), generator)
         limit = min(max(limit, 4 * _relative(mine, run())), SENSITIVE_LIMIT)
+    if not value <= limit:  # NaN too
+        rule = f"fp32 logits may differ by {limit:.0e} of the largest"
+        fix = "convert again; if it stays, report it with both config.json and kvshare.json"
+        raise CheckpointError(Fault(str(folder), f"{value:.2e}", rule, fix))
     return LogitDifference(value, limit)
+
+
+def _narrowed(
+    spec: ModelSpec, config: Mapping[str, Any], length: int
+) -> tuple[ModelSpec, dict[str, int]]:
+    """Windows, whose width the descriptions agree on, made narrower for both models where the
+    tokens would not reach their end: (the native description, changes of the folder's)."""
+    if spec.window_size is None or not any(spec.map.windowed):
+        return spec, {}
+    window = min(spec.window_size, max(length // 4, 1))
+    return replace(spec, window_size=window), {_WINDOWS[config["model_type"]]: window}
 
 
 def _relative(one: torch.Tensor, other: torch.Tensor) -> float:

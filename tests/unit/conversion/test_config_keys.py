@@ -18,7 +18,7 @@ from megatron_kvshare.conversion.config_keys import ONE_VALUE, READ, doubts
 from megatron_kvshare.conversion.exported.configuration_kvshare import KVShareConfig
 from megatron_kvshare.conversion.folder import HuggingFaceWeights, read_json
 from megatron_kvshare.conversion.settings import from_config, to_config
-from megatron_kvshare.conversion.verify import LOGIT_LIMIT, logit_difference
+from megatron_kvshare.conversion.verify import LOGIT_LIMIT, same_logits
 from megatron_kvshare.errors import CheckpointError
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
@@ -220,8 +220,9 @@ def test_the_proof_reaches_the_end_of_windows(single, tmp_path) -> None:
     weights: TensorSource = HuggingFaceWeights(folder)
     right = from_config(config)
     wrong = replace(right, map=SharingMap(STANDARD.sources, (True, False, True, False)))
-    assert logit_difference(right, weights, folder, config, single).value < LOGIT_LIMIT
-    assert logit_difference(wrong, weights, folder, config, single).value > 1e-3
+    assert same_logits(right, weights, folder, config, single).value < LOGIT_LIMIT
+    with pytest.raises(CheckpointError, match="fp32 logits may differ by"):
+        same_logits(wrong, weights, folder, config, single)
 
 
 def test_mistral_reads_no_kinds_of_layers(single, tmp_path) -> None:
