@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_kvshare.config import CheckpointConfig
-from megatron_kvshare.config.settings import flag_of
+from megatron_kvshare.config.flags.settings import flag_of
 from megatron_kvshare.errors import CheckpointError, Fault, KVShareError
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name

@@ -12,8 +12,8 @@ from pydantic import Field
 
 from megatron_kvshare.cli.progress import ProgressLine
 from megatron_kvshare.config import SharingConfig
-from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.types import SCHEMA, Seed, dataclass
+from megatron_kvshare.config.fields.types import SCHEMA, Seed, dataclass
+from megatron_kvshare.config.flags.command_line import Command, parse
 from megatron_kvshare.errors import ConfigError, Fault
 
 _TO_EXAMPLES = """\

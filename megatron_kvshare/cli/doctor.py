@@ -12,7 +12,7 @@ from dataclasses import asdict
 from itertools import groupby
 
 from megatron_kvshare import __version__
-from megatron_kvshare.cli.doctor_checks import Finding, all_findings
+from megatron_kvshare.doctor.checks import Finding, all_findings
 
 EXIT_NOT_READY = 1
 DESCRIPTION = (
@@ -25,9 +25,9 @@ def run(argv: Sequence[str]) -> int:
     """Print the report; return 0 when nothing required is missing or unsupported."""
     if "--distributed" in argv:
         # Needs torch, which may be what is missing without the flag.
-        from megatron_kvshare.cli import doctor_distributed
+        from megatron_kvshare.doctor import job
 
-        return doctor_distributed.run(argv)
+        return job.run(argv)
     parser = argparse.ArgumentParser("kvshare doctor", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument(

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_kvshare.cli.progress import ProgressLine
-from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.types import SCHEMA, Count, Index, dataclass
+from megatron_kvshare.config.fields.types import SCHEMA, Count, Index, dataclass
+from megatron_kvshare.config.flags.command_line import Command, parse
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.ownership.owner import file_place, owned
 

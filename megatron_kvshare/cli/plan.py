@@ -12,19 +12,19 @@ from rich.console import Console
 
 from megatron_kvshare.cli import plan_tables
 from megatron_kvshare.config import ModelConfig, ParallelConfig, SharingConfig
-from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.derive import payload_shape, placement, sharing_map, training_plan
-from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
-from megatron_kvshare.config.rule import rule
-from megatron_kvshare.config.rules_model import (
+from megatron_kvshare.config.fields.types import SCHEMA, Count, dataclass
+from megatron_kvshare.config.flags.command_line import Command, parse
+from megatron_kvshare.config.flags.megatron_flags import MEGATRON_FLAGS
+from megatron_kvshare.config.flags.rule import rule
+from megatron_kvshare.config.flags.sources import read_arguments
+from megatron_kvshare.config.rules.model import (
     groups_fit,
     heads_fit,
     tensor_parallel_fits,
 )
-from megatron_kvshare.config.rules_pipeline import layers_divide
-from megatron_kvshare.config.rules_solver import SOLVER_RULES
-from megatron_kvshare.config.sources import read_arguments
-from megatron_kvshare.config.types import SCHEMA, Count, dataclass
+from megatron_kvshare.config.rules.pipeline import layers_divide
+from megatron_kvshare.config.rules.solver import SOLVER_RULES
 from megatron_kvshare.costs import cost
 from megatron_kvshare.costs.weights import parameters_by_part
 from megatron_kvshare.errors import Fault, MapError

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from megatron_kvshare.cli.progress import ProgressLine
-from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.data import TokenizerType
-from megatron_kvshare.config.types import SCHEMA, Count, dataclass
+from megatron_kvshare.config.fields.data import TokenizerType
+from megatron_kvshare.config.fields.types import SCHEMA, Count, dataclass
+from megatron_kvshare.config.flags.command_line import Command, parse
 from megatron_kvshare.data.documents import TextDocuments
 from megatron_kvshare.data.preprocess import InnerEnds, PreprocessJob, Progress, preprocess
 from megatron_kvshare.data.token_files import open_checked

@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_kvshare.checkpoint.recipe import with_recipe_of_checkpoint
-from megatron_kvshare.cli.job import told_once
-from megatron_kvshare.config.launch import launched, speaks
+from megatron_kvshare.config.launch import launched, speaks, told_once
 from megatron_kvshare.config.pretrain import (
     parse_pretrain,
     pretrain_warnings,

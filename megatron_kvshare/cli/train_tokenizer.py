@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.types import SCHEMA, Count, Index, dataclass
+from megatron_kvshare.config.fields.types import SCHEMA, Count, Index, dataclass
+from megatron_kvshare.config.flags.command_line import Command, parse
 from megatron_kvshare.data.train_tokenizer import TokenizerJob, train_tokenizer
 
 _EXAMPLES = """\

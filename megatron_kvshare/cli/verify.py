@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.types import SCHEMA, dataclass
+from megatron_kvshare.config.fields.types import SCHEMA, dataclass
+from megatron_kvshare.config.flags.command_line import Command, parse
 
 _EXAMPLES = """\
   kvshare verify --load runs/small-sandwich-top-4/checkpoint --hf runs/hf

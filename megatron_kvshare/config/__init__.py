@@ -1,12 +1,16 @@
-"""Settings of every command: dataclasses, flags and YAML keys made from them, rules."""
+"""Settings of every command: dataclasses, flags and YAML keys made from them, rules.
+
+``flags/`` reads command lines and files and knows no setting; ``fields/`` are the settings;
+``derive.py`` is what they come to, ``rules/`` what they must fulfil. Each imports those before it.
+"""
 
 from __future__ import annotations
 
-from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.data import DataConfig
-from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingConfig
-from megatron_kvshare.config.schema import PretrainConfig
-from megatron_kvshare.config.training import CheckpointConfig, LogConfig, TrainConfig
+from megatron_kvshare.config.fields.data import DataConfig
+from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
+from megatron_kvshare.config.fields.pretrain import PretrainConfig
+from megatron_kvshare.config.fields.training import CheckpointConfig, LogConfig, TrainConfig
+from megatron_kvshare.config.flags.command_line import Command, parse
 
 __all__ = [
     "CheckpointConfig",

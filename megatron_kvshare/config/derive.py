@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingConfig
-from megatron_kvshare.config.rule import divisor
-from megatron_kvshare.config.schema import PretrainConfig
+from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
+from megatron_kvshare.config.fields.pretrain import PretrainConfig
+from megatron_kvshare.config.flags.rule import divisor
 from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.sharing import patterns

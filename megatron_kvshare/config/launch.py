@@ -7,6 +7,7 @@ started more of them than have been counted, each would take itself for the whol
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -183,3 +184,19 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 def _fault(name: str, value: object, rule: str, fix: str) -> Fault:
     return Fault(f"environment variable {name}", value, rule, fix)
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """A configuration error inside is met by every process, and told by one.
+
+    Raises:
+        ConfigError: where this process tells it.
+        SystemExit: on the others, with the same exit code.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if speaks():
+            raise
+        raise SystemExit(error.exit_code) from None

@@ -6,24 +6,24 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron_kvshare.config.cli import Command, parse
 from megatron_kvshare.config.derive import batch_layout
+from megatron_kvshare.config.fields.pretrain import PretrainConfig
+from megatron_kvshare.config.flags.command_line import Command, parse
+from megatron_kvshare.config.flags.megatron_flags import MEGATRON_FLAGS
+from megatron_kvshare.config.flags.rule import Rule, broken
 from megatron_kvshare.config.launch import launch_faults, number_faults
-from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
-from megatron_kvshare.config.rule import Rule, broken
-from megatron_kvshare.config.rules_model import (
+from megatron_kvshare.config.rules.model import (
     MODEL_RULES,
     PARALLEL_RULES,
     SHARING_RULES,
 )
-from megatron_kvshare.config.rules_pipeline import PIPELINE_RULES, microbatch_faults
-from megatron_kvshare.config.rules_run import RUN_RULES, batch_fits, world_size_faults
-from megatron_kvshare.config.rules_solver import (
+from megatron_kvshare.config.rules.pipeline import PIPELINE_RULES, microbatch_faults
+from megatron_kvshare.config.rules.run import RUN_RULES, batch_fits, world_size_faults
+from megatron_kvshare.config.rules.solver import (
     SOLVER_RULES,
     recipe_warnings,
     subsets_fit_sequence_parallel,
 )
-from megatron_kvshare.config.schema import PretrainConfig
 from megatron_kvshare.errors import Fault
 from megatron_kvshare.sharing import patterns
 from megatron_kvshare.sharing.map import SharingMap

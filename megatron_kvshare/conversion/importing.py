@@ -25,7 +25,7 @@ from megatron_kvshare.config import (
     PretrainConfig,
     SharingConfig,
 )
-from megatron_kvshare.config.describe import as_dict
+from megatron_kvshare.config.flags.describe import as_dict
 from megatron_kvshare.conversion import config_keys
 from megatron_kvshare.conversion import folder as folders
 from megatron_kvshare.conversion.export import ExportJob, export, written_aside

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_kvshare.config import PretrainConfig, TrainConfig
-from megatron_kvshare.config.settings import flag_of
+from megatron_kvshare.config.flags.settings import flag_of
 from megatron_kvshare.megatron_api.optimizer import learning_rate
 
 _SHAPE = (

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.flags.settings import flag_of
 from megatron_kvshare.config.pretrain import layout_faults
-from megatron_kvshare.config.settings import flag_of
 from megatron_kvshare.costs.memory import TrainingMemory
 from megatron_kvshare.megatron_api.memory import Shortage
 from megatron_kvshare.sharing.solver import DEFAULT_RECIPE

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_kvshare.checkpoint.manifest import Health
-from megatron_kvshare.config.describe import describe
+from megatron_kvshare.config.flags.describe import describe
 from megatron_kvshare.costs import cost
 from megatron_kvshare.costs.memory import TrainingMemory
 from megatron_kvshare.costs.weights import parameters_by_part

@@ -11,7 +11,7 @@ import torch
 from megatron_kvshare import __version__
 from megatron_kvshare.checkpoint.manifest import Manifest
 from megatron_kvshare.checkpoint.save import Written
-from megatron_kvshare.config.describe import as_dict
+from megatron_kvshare.config.flags.describe import as_dict
 from megatron_kvshare.errors import CheckpointError, OwnershipError
 from megatron_kvshare.train.agreement import together, warn
 from megatron_kvshare.train.run import Run

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_kvshare.config import LogConfig, PretrainConfig
-from megatron_kvshare.config.describe import as_dict
+from megatron_kvshare.config.flags.describe import as_dict
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.output import PASSING, complain
 from megatron_kvshare.ownership.aside import aside, remove_leftovers

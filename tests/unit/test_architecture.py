@@ -118,6 +118,19 @@ def test_the_import_rule_has_teeth():
     assert not list(upward_edges("config", iter([(5, "megatron_kvshare.sharing.map")])))
 
 
+CONFIG = {"flags": 0, "fields": 0, "derive": 1, "rules": 2, "pretrain": 3}
+"""Inside ``config/``: from reading to rules."""
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if part_of(p) == "config"], ids=shown)
+def test_configuration_is_read_then_derived_then_judged(path):
+    part = path.relative_to(PACKAGE / "config").parts[0].removesuffix(".py")
+    for line, module in imported_modules(path):
+        target = (module.split(".") + [""] * 3)[2] if f".{module}".count(".config.") else ""
+        if part in CONFIG and target in CONFIG and target != part:
+            assert CONFIG[target] < CONFIG[part], f"{shown(path)}:{line} imports {module}"
+
+
 def test_settings_are_derived_once():
     """Everybody else is handed a ModelSpec or a RunPlan; rules check what will be derived."""
     found = {

@@ -7,8 +7,8 @@ from dataclasses import field
 import pytest
 
 from megatron_kvshare.config import Command, ModelConfig, PretrainConfig, parse
-from megatron_kvshare.config.rule import rule
-from megatron_kvshare.config.types import SCHEMA, Count, NonNegative, dataclass
+from megatron_kvshare.config.fields.types import SCHEMA, Count, NonNegative, dataclass
+from megatron_kvshare.config.flags.rule import rule
 from megatron_kvshare.errors import ConfigError, Fault
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_kvshare.config import ModelConfig, PretrainConfig, TrainConfig
-from megatron_kvshare.config.describe import as_dict, describe
+from megatron_kvshare.config.flags.describe import as_dict, describe
 
 
 def test_changed_settings_are_listed_by_group_with_their_defaults():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_kvshare.cli.job import told_once
-from megatron_kvshare.config.launch import Launch, launched, speaks
+from megatron_kvshare.config.launch import Launch, launched, speaks, told_once
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.errors import EXIT_USER_ERROR, ConfigError
 

@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 from megatron_kvshare.config import Command, PretrainConfig, parse
-from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS, Accepted, Refused
-from megatron_kvshare.config.settings import settings_of
+from megatron_kvshare.config.flags.megatron_flags import MEGATRON_FLAGS, Accepted, Refused
+from megatron_kvshare.config.flags.settings import settings_of
 from megatron_kvshare.errors import ConfigError
 
 COMMAND = Command(prog="kvshare pretrain", megatron=MEGATRON_FLAGS)

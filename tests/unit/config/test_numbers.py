@@ -12,8 +12,8 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_kvshare.config.blend import parse_blend, parse_split
+from megatron_kvshare.config.fields.types import Bytes, Count, Index, Layers, Minutes, Seconds, Seed
 from megatron_kvshare.config.pretrain import parse_pretrain
-from megatron_kvshare.config.types import Bytes, Count, Index, Layers, Minutes, Seconds, Seed
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.megatron_api.datasets import Part, split_ranges
 from megatron_kvshare.sharing.patterns import build_map

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_kvshare.config import PretrainConfig, SharingConfig
 from megatron_kvshare.config.derive import recipe
+from megatron_kvshare.config.flags.command_line import RENAMED
 from megatron_kvshare.config.pretrain import parse_pretrain
-from megatron_kvshare.config.renamed import RENAMED
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import OLD_NAMES, RECIPES

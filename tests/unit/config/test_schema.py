@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 import megatron_kvshare
 from megatron_kvshare.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
-from megatron_kvshare.config.settings import groups_of, settings_of
+from megatron_kvshare.config.flags.settings import groups_of, settings_of
 
 
 def test_defaults_are_the_llama_shape():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_kvshare.config import Command, PretrainConfig, parse
-from megatron_kvshare.config.describe import as_dict
-from megatron_kvshare.config.megatron_flags import MEGATRON_FLAGS
+from megatron_kvshare.config.flags.describe import as_dict
+from megatron_kvshare.config.flags.megatron_flags import MEGATRON_FLAGS
 from megatron_kvshare.errors import ConfigError
 
 COMMAND = Command(prog="kvshare pretrain", megatron=MEGATRON_FLAGS)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_kvshare.config import PretrainConfig, TrainConfig
 from megatron_kvshare.config.pretrain import parse_pretrain
-from megatron_kvshare.config.rules_run import learning_rates_are_ordered, warmup_fits, wsd_fits
+from megatron_kvshare.config.rules.run import learning_rates_are_ordered, warmup_fits, wsd_fits
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.megatron_api.optimizer import (
     build_scheduler,

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import megatron_kvshare
-from megatron_kvshare.cli.doctor_checks import REQUIRED, SETUP, installed_version
-from megatron_kvshare.config.preflight import PreflightConfig
+from megatron_kvshare.doctor.checks import REQUIRED, SETUP, installed_version
+from megatron_kvshare.doctor.config import PreflightConfig
 from megatron_kvshare.errors import Fault, runs
 
 _SHOWN_HOSTS = 4

@@ -12,9 +12,9 @@ from megatron_kvshare.config.derive import (
     sharing_map,
     stage_layout,
 )
-from megatron_kvshare.config.rule import rule
-from megatron_kvshare.config.rules_model import HasParallel
-from megatron_kvshare.config.schema import PretrainConfig
+from megatron_kvshare.config.fields.pretrain import PretrainConfig
+from megatron_kvshare.config.flags.rule import rule
+from megatron_kvshare.config.rules.model import HasParallel
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.sharing.solver import Start
 from megatron_kvshare.stages.layout import LAYOUT_FLAG

@@ -6,7 +6,7 @@ import shutil
 import textwrap
 from typing import Any
 
-from megatron_kvshare.config.settings import Setting, groups_of, settings_of
+from megatron_kvshare.config.flags.settings import Setting, groups_of, settings_of
 
 _INDENT = " " * 6
 _CONFIG = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_kvshare.config.settings import Setting, groups_of, settings_of
+from megatron_kvshare.config.flags.settings import Setting, groups_of, settings_of
 
 
 def describe(config: object) -> str:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kvshare.cli import doctor, doctor_checks
-from megatron_kvshare.cli.doctor_checks import OPTIONAL, REQUIRED, Package, check_package
+from megatron_kvshare.cli import doctor
+from megatron_kvshare.doctor import checks as checks
+from megatron_kvshare.doctor.checks import OPTIONAL, REQUIRED, Package, check_package
 
 ROOT = Path(__file__).parents[3]
 CORE = Package("megatron-core", "0.16.1", "0.20", "layers")
 
 
 def with_version(monkeypatch, version):
-    monkeypatch.setattr(doctor_checks, "installed_version", lambda name: version)
+    monkeypatch.setattr(checks, "installed_version", lambda name: version)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def make_apex(folder: Path, module: str) -> None:
 def test_the_apex_trap(module, state, tmp_path, monkeypatch):
     make_apex(tmp_path, module)
     monkeypatch.syspath_prepend(str(tmp_path))
-    finding = doctor_checks.check_apex()
+    finding = checks.check_apex()
     assert finding.state == state
     assert ("pip uninstall apex" in finding.next_step) == (state == "wrong")
 

@@ -1,6 +1,6 @@
 """Value types of configuration fields: the range of one number is declared where the field is.
 
-What concerns a single value is a type; what concerns several is a rule (``rules_*.py``). Bounds
+What concerns a single value is a type; what concerns several is a rule (``rules/``). Bounds
 are those of the libraries that get the number: megatron-core's C++ takes 32-bit sizes, its data
 numpy's seeds, torch counts time-outs in nanoseconds of 64 bits.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_kvshare.config.types import SCHEMA, Index, dataclass
+from megatron_kvshare.config.fields.types import SCHEMA, Index, dataclass
 
 TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_kvshare.config.blend import parse_blend, parse_split
-from megatron_kvshare.config.data import DataConfig
-from megatron_kvshare.config.rule import multiples, rule
-from megatron_kvshare.config.schema import PretrainConfig
-from megatron_kvshare.config.settings import flag_of
+from megatron_kvshare.config.fields.data import DataConfig
+from megatron_kvshare.config.fields.pretrain import PretrainConfig
+from megatron_kvshare.config.flags.rule import multiples, rule
+from megatron_kvshare.config.flags.settings import flag_of
 from megatron_kvshare.errors import ConfigError, Fault
 
 

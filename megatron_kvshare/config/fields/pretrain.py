@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import field
 
-from megatron_kvshare.config.data import DataConfig
-from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingConfig
-from megatron_kvshare.config.training import CheckpointConfig, LogConfig, TrainConfig
-from megatron_kvshare.config.types import SCHEMA, dataclass
+from megatron_kvshare.config.fields.data import DataConfig
+from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
+from megatron_kvshare.config.fields.training import CheckpointConfig, LogConfig, TrainConfig
+from megatron_kvshare.config.fields.types import SCHEMA, dataclass
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)

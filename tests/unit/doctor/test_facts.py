@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import megatron_kvshare
-from megatron_kvshare.cli import preflight_facts as known
-from megatron_kvshare.cli.doctor_distributed import nodes
-from megatron_kvshare.cli.preflight_facts import Facts
-from megatron_kvshare.config.preflight import PreflightConfig
+from megatron_kvshare.doctor import facts as known
+from megatron_kvshare.doctor.config import PreflightConfig
+from megatron_kvshare.doctor.facts import Facts
+from megatron_kvshare.doctor.job import nodes
 from megatron_kvshare.errors import runs
 
 CONFIG = PreflightConfig(save="out/checkpoint", save_bytes=1000)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from megatron_kvshare.config.cli import Command, parse
-from megatron_kvshare.config.types import SCHEMA, Bytes, Seconds, dataclass
+from megatron_kvshare.config.fields.types import SCHEMA, Bytes, Seconds, dataclass
+from megatron_kvshare.config.flags.command_line import Command, parse
 
 _DESCRIPTION = """
 Checks a job before it trains. Start it as the training will be started, on all processes: it calls

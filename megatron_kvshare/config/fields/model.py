@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from megatron_kvshare.config.types import (
+from megatron_kvshare.config.fields.types import (
     SCHEMA,
     Count,
     Index,

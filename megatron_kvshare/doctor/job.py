@@ -15,11 +15,11 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_kvshare import __version__
-from megatron_kvshare.cli import preflight_facts as known
-from megatron_kvshare.cli.job import told_once
-from megatron_kvshare.cli.preflight_facts import Facts, size
-from megatron_kvshare.cli.roll_call import RollCall
-from megatron_kvshare.config.preflight import PreflightConfig, parse_preflight
+from megatron_kvshare.config.launch import told_once
+from megatron_kvshare.doctor import facts as known
+from megatron_kvshare.doctor.config import PreflightConfig, parse_preflight
+from megatron_kvshare.doctor.facts import Facts, size
+from megatron_kvshare.doctor.roll_call import RollCall
 from megatron_kvshare.errors import ConfigError, Fault, KVShareError, LostError, runs
 
 _GPU_BYTES, _CPU_BYTES = 256 * 2**20, 4 * 2**20

@@ -13,15 +13,23 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from megatron_kvshare.config.help import help_text
-from megatron_kvshare.config.megatron_flags import MegatronFlags, megatron_fault
-from megatron_kvshare.config.renamed import RENAMED
-from megatron_kvshare.config.rule import Rule, broken
-from megatron_kvshare.config.settings import Setting, flag_of, groups_of, settings_of
-from megatron_kvshare.config.sources import Given, read_arguments, read_yaml
+from megatron_kvshare.config.flags.help import help_text
+from megatron_kvshare.config.flags.megatron_flags import MegatronFlags, megatron_fault
+from megatron_kvshare.config.flags.rule import Rule, broken
+from megatron_kvshare.config.flags.settings import Setting, flag_of, groups_of, settings_of
+from megatron_kvshare.config.flags.sources import Given, read_arguments, read_yaml
 from megatron_kvshare.errors import ConfigError, Fault
 
 C = TypeVar("C")
+
+RENAMED = {
+    "kv_forward_passes": "kv_forward_sweeps",
+    "kv_backward_passes": "kv_backward_sweeps",
+    "kv_min_passes": "kv_min_sweeps",
+    "kv_max_passes": "kv_max_sweeps",
+}
+"""Earlier names of settings and those of today: command lines and files that use them go on
+working."""
 
 
 @dataclass(frozen=True)

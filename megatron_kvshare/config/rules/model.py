@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from megatron_kvshare.config.derive import sharing_map
-from megatron_kvshare.config.model import ModelConfig, ParallelConfig, SharingConfig
-from megatron_kvshare.config.rule import divisor, multiples, rule
+from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
+from megatron_kvshare.config.flags.rule import divisor, multiples, rule
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing import patterns
 

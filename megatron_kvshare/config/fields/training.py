@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_kvshare.config.types import (
+from megatron_kvshare.config.fields.types import (
     SCHEMA,
     Count,
     Fraction,

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from megatron_kvshare.config.derive import recipe, sharing_map
-from megatron_kvshare.config.model import ParallelConfig, SharingConfig
-from megatron_kvshare.config.rule import multiples, rule
-from megatron_kvshare.config.rules_model import HasSharing
-from megatron_kvshare.config.settings import flag_of
+from megatron_kvshare.config.fields.model import ParallelConfig, SharingConfig
+from megatron_kvshare.config.flags.rule import multiples, rule
+from megatron_kvshare.config.flags.settings import flag_of
+from megatron_kvshare.config.rules.model import HasSharing
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing.map import SharingMap
 

@@ -1,0 +1,1 @@
+"""The settings: dataclasses whose fields become flags and YAML keys."""

@@ -1,0 +1,1 @@
+"""What several settings must fulfil together, and what the environment must offer."""
