@@ -26,7 +26,7 @@ from megatron_kvshare.config.rules.model import (
 from megatron_kvshare.config.rules.pipeline import layers_divide
 from megatron_kvshare.config.rules.solver import SOLVER_RULES
 from megatron_kvshare.costs import cost
-from megatron_kvshare.costs.weights import parameters_by_part
+from megatron_kvshare.costs.weights import parameters_by_component
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing import patterns
 from megatron_kvshare.sharing.plan import ExecutionPlan
@@ -118,7 +118,7 @@ def as_data(spec: ModelSpec, plan: ExecutionPlan) -> dict[str, Any]:
         "vocab_size": shape.vocab_size,
         "kv_bytes_per_element": cost.KV_BYTES_PER_ELEMENT,
         **asdict(cost.costs(shape, plan)),
-        "parameters_by_part": parameters_by_part(shape, plan.map),
+        "parameters_by_component": parameters_by_component(shape, plan.map),
     }
 
 

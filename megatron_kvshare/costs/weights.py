@@ -21,7 +21,7 @@ HEAD = "lm_head.weight"
 Shape = tuple[int, ...]
 
 
-class Part(StrEnum):
+class Component(StrEnum):
     """What a tensor counts as."""
 
     EMBEDDING = "embedding"
@@ -73,7 +73,7 @@ class Weight:
 
     name: str
     shape: Shape
-    part: Part
+    component: Component
     parameter: str
     layer: int | None = None
     split: Split = Split.ROWS
@@ -94,7 +94,7 @@ class Weight:
         """Whether a pipeline stage holds it."""
         if self.layer is not None:
             return self.layer in stage.layers
-        return stage.embeds if self.part is Part.EMBEDDING else stage.predicts
+        return stage.embeds if self.component is Component.EMBEDDING else stage.predicts
 
 
 def layer_prefix(layer: int) -> str:
@@ -107,7 +107,7 @@ def weights(shape: ModelShape, map: SharingMap) -> tuple[Weight, ...]:
     embedding = Weight(
         name=EMBEDDING,
         shape=(shape.vocab_size, shape.hidden_size),
-        part=Part.EMBEDDING,
+        component=Component.EMBEDDING,
         parameter="embedding.weight",
         split=Split.VOCABULARY,
     )
@@ -133,25 +133,25 @@ def _of_layer(shape: ModelShape, is_producer: bool) -> Iterator[Weight]:
     )
     qkv, gate_up = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
     yield _norm("input_layernorm.weight", "input_layernorm.weight", shape)
-    yield _matrix("self_attn.q_proj.weight", (query, hidden), Part.ATTENTION, qkv)
+    yield _matrix("self_attn.q_proj.weight", (query, hidden), Component.ATTENTION, qkv)
     if is_producer:
-        yield _matrix("self_attn.k_proj.weight", (kv, hidden), Part.KEYS_AND_VALUES, qkv)
-        yield _matrix("self_attn.v_proj.weight", (kv, hidden), Part.KEYS_AND_VALUES, qkv)
+        yield _matrix("self_attn.k_proj.weight", (kv, hidden), Component.KEYS_AND_VALUES, qkv)
+        yield _matrix("self_attn.v_proj.weight", (kv, hidden), Component.KEYS_AND_VALUES, qkv)
     projection = "self_attention.linear_proj.weight"
-    yield _output("self_attn.o_proj.weight", (hidden, query), Part.ATTENTION, projection)
+    yield _output("self_attn.o_proj.weight", (hidden, query), Component.ATTENTION, projection)
     yield _norm("post_attention_layernorm.weight", "post_attention_layernorm.weight", shape)
-    yield _matrix("mlp.gate_proj.weight", (ffn, hidden), Part.MLP, gate_up)
-    yield _matrix("mlp.up_proj.weight", (ffn, hidden), Part.MLP, gate_up)
-    yield _output("mlp.down_proj.weight", (hidden, ffn), Part.MLP, "mlp.linear_fc2.weight")
+    yield _matrix("mlp.gate_proj.weight", (ffn, hidden), Component.MLP, gate_up)
+    yield _matrix("mlp.up_proj.weight", (ffn, hidden), Component.MLP, gate_up)
+    yield _output("mlp.down_proj.weight", (hidden, ffn), Component.MLP, "mlp.linear_fc2.weight")
 
 
-def _matrix(name: str, shape: Shape, part: Part, parameter: str) -> Weight:
-    return Weight(name=name, shape=shape, part=part, parameter=parameter)
+def _matrix(name: str, shape: Shape, component: Component, parameter: str) -> Weight:
+    return Weight(name=name, shape=shape, component=component, parameter=parameter)
 
 
-def _output(name: str, shape: Shape, part: Part, parameter: str) -> Weight:
+def _output(name: str, shape: Shape, component: Component, parameter: str) -> Weight:
     """What adds to the residual stream, and sums over the tensor-parallel ranks."""
-    matrix = _matrix(name, shape, part, parameter)
+    matrix = _matrix(name, shape, component, parameter)
     return replace(matrix, split=Split.COLUMNS, init=Init.RESIDUAL)
 
 
@@ -159,7 +159,7 @@ def _norm(name: str, parameter: str, shape: ModelShape) -> Weight:
     return Weight(
         name=name,
         shape=(shape.hidden_size,),
-        part=Part.NORMS,
+        component=Component.NORMS,
         parameter=parameter,
         split=Split.WHOLE,
         init=Init.ONES,
@@ -172,12 +172,12 @@ def stage_weights(shape: ModelShape, map: SharingMap, stage: Held) -> tuple[Weig
     everything = weights(shape, map)
     held = [each for each in everything if each.is_on(stage)]
     if stage.predicts and shape.tied_embeddings and not stage.embeds:
-        held += (_as_head(each) for each in everything if each.part is Part.EMBEDDING)
+        held += (_as_head(each) for each in everything if each.component is Component.EMBEDDING)
     return tuple(held)
 
 
 def _as_head(embedding: Weight) -> Weight:
-    return replace(embedding, part=Part.OUTPUT_HEAD, parameter="output_layer.weight")
+    return replace(embedding, component=Component.OUTPUT_HEAD, parameter="output_layer.weight")
 
 
 def count(tensors: Iterable[Weight]) -> int:
@@ -190,10 +190,13 @@ def parameters(shape: ModelShape, map: SharingMap) -> int:
     return count(weights(shape, map))
 
 
-def parameters_by_part(shape: ModelShape, map: SharingMap) -> dict[str, int]:
-    """The same, by part; 0 for what the model has not."""
+def parameters_by_component(shape: ModelShape, map: SharingMap) -> dict[str, int]:
+    """The same, by component; 0 for what the model has not."""
     everything = weights(shape, map)
-    return {part.value: count(each for each in everything if each.part is part) for part in Part}
+    return {
+        component.value: count(each for each in everything if each.component is component)
+        for component in Component
+    }
 
 
 def stage_parameters(shape: ModelShape, map: SharingMap, stage: Held) -> int:

@@ -41,8 +41,8 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchLayout:
-    """How one global batch is spread: over data-parallel ranks and, in time, over micro-batches."""
+class RankShare:
+    """Which samples of a global batch one data-parallel rank reads, and how many at a time."""
 
     micro_batch_size: int = 1
     dp_rank: int = 0
@@ -59,12 +59,12 @@ class TrainData:
         self,
         data: DataConfig,
         plan: DataPlan,
-        layout: BatchLayout,
+        share: RankShare,
         streams: dict[Part, SampleStream],
     ) -> None:
         self.plan = plan
         self._data = data
-        self._layout = layout
+        self._share = share
         self._streams = streams
 
     def train_batches(self, consumed_samples: int = 0) -> Iterator[Batch]:
@@ -73,13 +73,13 @@ class TrainData:
         Args:
             consumed_samples: training samples that all ranks together have used so far.
         """
-        indices = micro_batches(self._layout, self.plan.request.global_batch_size, consumed_samples)
+        indices = micro_batches(self._share, self.plan.request.global_batch_size, consumed_samples)
         return self._batches(Part.train, indices)
 
     def valid_batches(self) -> Iterator[Batch]:
         """Micro-batches of one evaluation: always the same samples, so that values compare."""
         request = self.plan.request
-        indices = micro_batches(self._layout, request.global_batch_size, 0, request.eval_iters)
+        indices = micro_batches(self._share, request.global_batch_size, 0, request.eval_iters)
         return self._batches(Part.valid, indices)
 
     @property
@@ -143,38 +143,38 @@ def _leave_stopping_to_the_trainer(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def build(data: DataConfig, request: DataRequest, layout: BatchLayout | None = None) -> TrainData:
+def build(data: DataConfig, request: DataRequest, share: RankShare | None = None) -> TrainData:
     """Check the data and open it for one rank; all ranks call this together.
 
     Args:
         data: data settings.
         request: what the run reads.
-        layout: this rank's share of each batch; left out: one process.
+        share: this rank's share of each batch; left out: one process.
 
     Raises:
         DataError: anything about the data that would stop the run later.
     """
     plan = plan_data(data, request)
     streams = _mock_streams(request) if data.mock_data else _open_streams(data, plan)
-    return TrainData(data, plan, layout or BatchLayout(), streams)
+    return TrainData(data, plan, share or RankShare(), streams)
 
 
 def micro_batches(
-    layout: BatchLayout, global_batch_size: int, first_sample: int, num_batches: int | None = None
+    share: RankShare, global_batch_size: int, first_sample: int, num_batches: int | None = None
 ) -> Iterator[list[int]]:
     """Sample numbers of this rank's micro-batches.
 
-    Step ``t`` holds samples ``[first + t * global, first + (t + 1) * global)`` whatever the layout;
+    Step ``t`` holds samples ``[first + t * global, first + (t + 1) * global)`` whatever the share;
     they are dealt out in runs of ``micro_batch_size``, round after round over the ranks (as
     megatron's sequential sampler does).
     """
-    chunk = layout.micro_batch_size * layout.dp_size
+    chunk = share.micro_batch_size * share.dp_size
     assert global_batch_size % chunk == 0, "checked with the configuration"
     for step in count() if num_batches is None else range(num_batches):
         batch = first_sample + step * global_batch_size
-        start = batch + layout.dp_rank * layout.micro_batch_size
+        start = batch + share.dp_rank * share.micro_batch_size
         for first in range(start, batch + global_batch_size, chunk):
-            yield list(range(first, first + layout.micro_batch_size))
+            yield list(range(first, first + share.micro_batch_size))
 
 
 def _open_streams(data: DataConfig, plan: DataPlan) -> dict[Part, SampleStream]:

@@ -11,7 +11,7 @@ from megatron_kvshare.checkpoint.manifest import Health
 from megatron_kvshare.config.flags.describe import describe
 from megatron_kvshare.costs import cost
 from megatron_kvshare.costs.memory import TrainingMemory
-from megatron_kvshare.costs.weights import parameters_by_part
+from megatron_kvshare.costs.weights import parameters_by_component
 from megatron_kvshare.data.data_plan import DataPlan
 from megatron_kvshare.sharing.solver import recipe_name
 from megatron_kvshare.spec.model_spec import ModelSpec
@@ -50,7 +50,7 @@ def start(planned: RunPlan, spec: ModelSpec, data: DataPlan, device: str) -> str
 def _model_lines(planned: RunPlan, spec: ModelSpec) -> list[str]:
     plan = planned.plan
     costs = cost.costs(spec.shape, plan)
-    parts = parameters_by_part(spec.shape, plan.map)
+    parts = parameters_by_component(spec.shape, plan.map)
     owners = len(plan.map.producers)
     lines = [
         f"map {plan.map.notation}",

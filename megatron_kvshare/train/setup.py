@@ -132,7 +132,7 @@ def _open_data(
     planned: RunPlan, vocabulary: Vocabulary, state: ParallelState
 ) -> train_data.TrainData:
     config = planned.config
-    share = train_data.BatchLayout(
+    share = train_data.RankShare(
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=state.dp_rank,
         dp_size=state.dp_size,

@@ -14,7 +14,7 @@ def first_tokens(state, layout: Layout, prefix: str, cache: str) -> object:
     """Tokens of the first micro-batch of this rank, or which flag was wrong."""
     from megatron_kvshare.config import DataConfig
     from megatron_kvshare.data.data_plan import DataRequest
-    from megatron_kvshare.data.train_data import BatchLayout, build
+    from megatron_kvshare.data.train_data import RankShare, build
     from megatron_kvshare.data.vocabulary import Vocabulary
     from megatron_kvshare.errors import DataError
 
@@ -22,7 +22,7 @@ def first_tokens(state, layout: Layout, prefix: str, cache: str) -> object:
         seq_length=16, global_batch_size=4, train_iters=9, vocabulary=Vocabulary(100)
     )
     config = DataConfig(data_path=(prefix,), split="1,0,0", data_cache_path=cache)
-    share = BatchLayout(dp_rank=state.dp_rank, dp_size=state.dp_size)
+    share = RankShare(dp_rank=state.dp_rank, dp_size=state.dp_size)
     try:
         data = build(config, request, share)
     except DataError as error:

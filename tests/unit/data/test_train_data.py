@@ -14,7 +14,7 @@ from megatron_kvshare.config import DataConfig
 from megatron_kvshare.data import train_data
 from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.mock import MockSamples
-from megatron_kvshare.data.train_data import Batch, BatchLayout, TrainData
+from megatron_kvshare.data.train_data import Batch, RankShare, TrainData
 from megatron_kvshare.data.vocabulary import Vocabulary
 from megatron_kvshare.errors import DataError
 from megatron_kvshare.megatron_api.datasets import IndexedDatasetBuilder
@@ -27,7 +27,7 @@ GLOBAL = 8
 
 def build(
     prefix: str | tuple[str, ...] = "",
-    layout: BatchLayout | None = None,
+    share: RankShare | None = None,
     request: dict[str, object] | None = None,
     **settings: object,
 ) -> TrainData:
@@ -36,16 +36,16 @@ def build(
         settings = {"data_path": paths, "split": "80,20,0", **settings}
     asked = {"seq_length": SEQ, "global_batch_size": GLOBAL, "train_iters": 20, "eval_iters": 2}
     asked |= {"vocabulary": Vocabulary(100, eod=99), **(request or {})}
-    return train_data.build(DataConfig(**settings), DataRequest(**asked), layout)
+    return train_data.build(DataConfig(**settings), DataRequest(**asked), share)
 
 
 def tokens_of(batches: list[Batch]) -> torch.Tensor:
     return torch.cat([batch.tokens for batch in batches])
 
 
-def steps(data: TrainData, number: int, consumed: int = 0, layout: BatchLayout | None = None):
-    layout = layout or BatchLayout()
-    per_step = GLOBAL // (layout.micro_batch_size * layout.dp_size)
+def steps(data: TrainData, number: int, consumed: int = 0, share: RankShare | None = None):
+    share = share or RankShare()
+    per_step = GLOBAL // (share.micro_batch_size * share.dp_size)
     return list(islice(data.train_batches(consumed), number * per_step))
 
 
@@ -84,8 +84,8 @@ def test_a_global_batch_is_the_same_on_every_layout(
     whole = tokens_of(steps(build(prefix), 3)).view(3, GLOBAL, SEQ)
     parts = []
     for rank in range(dp_size):
-        layout = BatchLayout(micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size)
-        batches = steps(build(prefix, layout), 3, layout=layout)
+        share = RankShare(micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size)
+        batches = steps(build(prefix, share), 3, share=share)
         parts.append(tokens_of(batches).view(3, GLOBAL // dp_size, SEQ))
     for step in range(3):
         rows = torch.cat([part[step] for part in parts]).tolist()

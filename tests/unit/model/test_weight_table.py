@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_kvshare.config import ParallelConfig, TrainConfig
-from megatron_kvshare.costs.weights import parameters, parameters_by_part, stage_parameters
+from megatron_kvshare.costs.weights import parameters, parameters_by_component, stage_parameters
 from megatron_kvshare.megatron_api.optimizer import build_optimizer, wrap_stages
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT, build_stages
@@ -94,9 +94,9 @@ def test_parts_are_those_of_the_modules(
     projections = [layer.self_attention.linear_qkv.weight for layer in model.decoder.layers]
     found["keys_and_values"] = sum(weight.shape[0] - 24 for weight in projections) * TINY.hidden
     found["attention"] -= found["keys_and_values"]
-    assert {name: size for name, size in parameters_by_part(spec.shape, map).items() if size} == {
-        name: size for name, size in found.items() if size
-    }
+    assert {
+        name: size for name, size in parameters_by_component(spec.shape, map).items() if size
+    } == {name: size for name, size in found.items() if size}
 
 
 PARTS = {
