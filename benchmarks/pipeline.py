@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lower_bound import lower_bound
 from measure_pipeline import CASES, RANKS, Event, config_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,8 +61,6 @@ def launch(microbatches: int, found: Path) -> None:
 
 
 def report(name: str, events: list[Event], microbatches: int) -> dict[str, Any]:
-    from megatron_kvshare.stages.order import lower_bound
-
     graph, order = graph_of(name, events, microbatches)
     measured = max(e.end for e in events) - min(e.start for e in events)
     busy = [sum(e.end - e.start for e in events if e.rank == rank) for rank in range(RANKS)]
@@ -198,7 +197,7 @@ def simulate() -> list[dict[str, Any]]:
     """Bubbles of more ranks, two layers each, unit costs."""
     from megatron_kvshare.sharing.patterns import build_map
     from megatron_kvshare.sharing.solver import RECIPES, Recipe, solver_plan
-    from megatron_kvshare.stages.order import best_schedule, lower_bound, makespan
+    from megatron_kvshare.stages.order import best_schedule, makespan
 
     recipes = {
         "jacobi(1, 2)": Recipe(forward_sweeps=1),

@@ -15,6 +15,21 @@ import sys
 import zipfile
 from pathlib import Path
 
+from megatron_kvshare.conversion.folder import CONFIG, read_json
+from megatron_kvshare.conversion.settings import from_config
+
+_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "norm_epsilon",
+    "init_method_std",
+    "rotary_base",
+)
 _PIP = [sys.executable, "-m", "pip", "--quiet"]
 _CONVERT = """\
 import sys, torch
@@ -33,6 +48,13 @@ plain.tie_weights()
 plain.save_pretrained(output)
 AutoTokenizer.from_pretrained(file.parent, **load).save_pretrained(output)
 """
+
+
+def shape_flags(folder: Path) -> list[str]:
+    """The flags of ``kvshare pretrain`` for the shape of a Hugging Face folder's model."""
+    model = from_config(read_json(folder / CONFIG)).model
+    flags = ((f"--{name.replace('_', '-')}", str(getattr(model, name))) for name in _SHAPE)
+    return [word for flag in flags for word in flag]
 
 
 def prepare(folder: Path) -> Path:

@@ -21,10 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from pretrained import prepare
-
-from megatron_kvshare.conversion.folder import CONFIG, read_json
-from megatron_kvshare.conversion.settings import shape_flags
+from pretrained import prepare, shape_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "uptrain"
@@ -84,7 +81,7 @@ def _run(trial: Trial, hf: Path, data: Path) -> dict[str, float]:
         init = ["--kv-init", trial.init] if trial.init else []
         _kvshare("convert", "from-hf", "--hf", hf, "--save", start, *init, *trial.map_flags)
     words = [
-        *shape_flags(read_json(hf / CONFIG)),
+        *shape_flags(hf),
         *trial.map_flags,
         *TRAINING,
         "--data-path",

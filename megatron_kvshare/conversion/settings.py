@@ -125,17 +125,6 @@ def from_config(config: Mapping[str, Any]) -> ModelSpec:
     return spec
 
 
-def shape_flags(config: Mapping[str, Any]) -> list[str]:
-    """The flags of ``kvshare pretrain`` for the shape that a ``config.json`` describes."""
-    model = from_config(config).model
-    names = [*_NUMBERS, "rotary_base"]
-    return [
-        word
-        for name in names
-        for word in (f"--{name.replace('_', '-')}", str(getattr(model, name)))
-    ]
-
-
 class _Reader:
     """Collects what is wrong while it translates."""
 

@@ -101,11 +101,6 @@ class TokenFileWriter:
         self._builder.data_file.close()
 
 
-def open_token_files(prefix: str) -> IndexedDataset:
-    """The stock reader of the documents at ``prefix``."""
-    return IndexedDataset(prefix)
-
-
 def split_ranges(shares: Sequence[float], num_documents: int) -> dict[Part, tuple[int, int]]:
     """Which documents ``--split`` gives to each part, by megatron-core's own rounding.
 

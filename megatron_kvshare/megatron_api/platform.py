@@ -87,31 +87,22 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
     }
 
 
-_ORIGINALS: dict[str, Any] = {}
+ORIGINALS: dict[str, Any] = {}
+"""PyTorch's and megatron-core's own functions while stand-ins are in their place, by name."""
 
 
 def _install_stand_ins() -> None:
-    if _ORIGINALS:
+    if ORIGINALS:
         return
     from megatron.core.tensor_parallel import random as megatron_random
 
     for name, stand_in in _stand_ins().items():
-        _ORIGINALS[name] = getattr(torch.cuda, name)
+        ORIGINALS[name] = getattr(torch.cuda, name)
         setattr(torch.cuda, name, stand_in)
-    _ORIGINALS["_get_cuda_rng_state"] = megatron_random._get_cuda_rng_state
-    _ORIGINALS["_set_cuda_rng_state"] = megatron_random._set_cuda_rng_state
+    ORIGINALS["_get_cuda_rng_state"] = megatron_random._get_cuda_rng_state
+    ORIGINALS["_set_cuda_rng_state"] = megatron_random._set_cuda_rng_state
     megatron_random._get_cuda_rng_state = _cpu_generator_state
     megatron_random._set_cuda_rng_state = _set_cpu_generator_state
-
-
-def deactivate() -> None:
-    """Undo :func:`activate`: the ``torch.cuda`` functions are PyTorch's own again."""
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    for name, original in _ORIGINALS.items():
-        owner = megatron_random if name.startswith("_") else torch.cuda
-        setattr(owner, name, original)
-    _ORIGINALS.clear()
 
 
 def activate(backend: str = "auto", local_rank: int = 0) -> Platform:
@@ -166,4 +157,4 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 def cpu_mode() -> contextlib.AbstractContextManager[Any]:
     """Context for megatron-core calls that name ``cuda`` literally; does nothing on a GPU."""
-    return _CudaMeansCpu() if _ORIGINALS else contextlib.nullcontext()
+    return _CudaMeansCpu() if ORIGINALS else contextlib.nullcontext()

@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.pretrained import shape_flags
 from megatron_kvshare import load_model
 from megatron_kvshare.cli.main import main
-from megatron_kvshare.conversion.folder import read_json
-from megatron_kvshare.conversion.settings import shape_flags
 from tests.integration.conftest import ROOT
 
 pytestmark = [pytest.mark.nightly, pytest.mark.download]
@@ -66,7 +65,7 @@ def test_it_goes_out_bit_by_bit(pretrained, native, tmp_path):
 
 def test_three_ranks_agree(native, pretrained, tmp_path):
     """Its heads do not cut in two: the first loss of a finetuning run on one and on three ranks."""
-    words = shape_flags(read_json(pretrained / "config.json"))
+    words = shape_flags(pretrained)
     words += ["--load", str(native), "--finetune", "--mock-data"]
     words += ["--vocab-size", "49152", "--seq-length", "128", "--micro-batch-size", "1"]
     words += ["--global-batch-size", "1", "--train-iters", "1", "--eval-iters", "0"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
-from megatron_kvshare.megatron_api.platform import activate, cpu_mode, deactivate
+from megatron_kvshare.megatron_api.platform import ORIGINALS, activate, cpu_mode
 from megatron_kvshare.model.gpt import KVShareGPT
 from tests.distributed import jobs
 from tests.distributed.jobs import Case
@@ -25,12 +25,19 @@ def replaced() -> list:
     ]
 
 
+def put_back() -> None:
+    """Undo :func:`activate`."""
+    for name, original in ORIGINALS.items():
+        setattr(megatron_random if name in MEGATRON_NAMES else torch.cuda, name, original)
+    ORIGINALS.clear()
+
+
 @pytest.fixture
 def untouched() -> Iterator[None]:
     """torch as it is without the stand-ins, whatever ran before; other tests find them again."""
-    deactivate()
+    put_back()
     yield
-    deactivate()
+    put_back()
     activate("gloo")
 
 
@@ -43,7 +50,7 @@ def test_stand_ins_come_once_and_go_without_a_trace(untouched):
     assert all(a is not b for a, b in zip(before, during, strict=True))
     assert activate() == platform
     assert all(a is b for a, b in zip(during, replaced(), strict=True))
-    deactivate()
+    put_back()
     assert all(a is b for a, b in zip(before, replaced(), strict=True))
 
 

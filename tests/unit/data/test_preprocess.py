@@ -13,7 +13,7 @@ from megatron_kvshare.data import preprocess as module
 from megatron_kvshare.data.preprocess import PreprocessJob, preprocess
 from megatron_kvshare.data.tokenizers import load_tokenizer
 from megatron_kvshare.errors import DataError
-from megatron_kvshare.megatron_api.datasets import open_token_files
+from megatron_kvshare.megatron_api.datasets import IndexedDataset
 
 from .conftest import UNICODE, WORDS
 
@@ -43,7 +43,7 @@ def test_round_trip(jsonl: str, tmp_path: Path, tokenizer_model: str, append_eod
     job = job_for(jsonl, tmp_path / "new" / "out", tokenizer_model, append_eod=append_eod)
     counts = preprocess(job)
     tokenizer = load_tokenizer("SentencePieceTokenizer", tokenizer_model)
-    stored = open_token_files(str(tmp_path / "new" / "out_text_document"))
+    stored = IndexedDataset(str(tmp_path / "new" / "out_text_document"))
     documents = [stored[i].tolist() for i in range(len(stored))]
     end = [2] if append_eod else []
     expected = [tokenizer.encode(text) + end for text in TEXTS if text.strip()]
@@ -70,7 +70,7 @@ def test_files_do_not_depend_on_workers(
 def test_each_key_gets_its_own_files(jsonl: str, tmp_path: Path, tokenizer_model: str) -> None:
     job = job_for(jsonl, tmp_path / "out", tokenizer_model, json_keys=("text", "title"))
     preprocess(job)
-    stored = [open_token_files(prefix) for prefix in job.prefixes]
+    stored = [IndexedDataset(prefix) for prefix in job.prefixes]
     sizes = [files.sequence_lengths.sum() for files in stored]
     assert job.prefixes[1].endswith("out_title_document")
     assert sizes[0] > sizes[1] > 0
@@ -136,7 +136,7 @@ def test_end_tokens_inside_documents_are_told_and_can_be_text(
         said = capsys.readouterr().err
         assert ("2 documents hold the end-of-document token, 3 times" in said) is (inner > 0)
         assert (f"{path}:2" in said and "--split-special-tokens" in said) is (inner > 0)
-        stored = open_token_files(f"{prefix}_text_document")
+        stored = IndexedDataset(f"{prefix}_text_document")
         documents = [stored[number].tolist() for number in range(len(stored))]
         assert sum(ids.count(1) for ids in documents) == len(texts) + inner
         assert all(ids[-1] == 1 for ids in documents)

@@ -13,7 +13,7 @@ from megatron_kvshare.data.token_files import open_checked
 from megatron_kvshare.data.vocabulary import Vocabulary
 from megatron_kvshare.errors import DataError
 from megatron_kvshare.megatron_api import datasets
-from megatron_kvshare.megatron_api.datasets import open_token_files
+from megatron_kvshare.megatron_api.datasets import IndexedDataset
 from tests.mutations import mutations
 
 from .conftest import WriteTokens, counting_documents
@@ -104,7 +104,7 @@ def check_mutations(prefix: str, count: int, seed: int) -> int:
     """How many of ``count`` damaged indices are accepted; each must change no token."""
     path = Path(prefix + ".idx")
     original, sha256 = path.read_bytes(), open_checked(prefix).index.sha256
-    stock = open_token_files(prefix)
+    stock = IndexedDataset(prefix)
     expected = [stock[number].tolist() for number in range(len(stock))]
     accepted = 0
     for what, content in mutations(original, count, seed):
@@ -115,7 +115,7 @@ def check_mutations(prefix: str, count: int, seed: int) -> int:
         except DataError:
             continue
         accepted += 1
-        stock = open_token_files(prefix)
+        stock = IndexedDataset(prefix)
         assert [stock[number].tolist() for number in range(len(stock))] == expected, what
         assert files.index.sha256 != sha256, what
     return accepted

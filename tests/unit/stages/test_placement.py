@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.lower_bound import lower_bound
 from megatron_kvshare.costs.memory import TrainingMemory
 from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.costs.weights import parameters, stage_parameters
@@ -15,7 +16,7 @@ from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES, Recipe, Start, solver_plan
 from megatron_kvshare.stages.messages import MessagePlan
-from megatron_kvshare.stages.order import Action, best_schedule, lower_bound, makespan
+from megatron_kvshare.stages.order import Action, best_schedule, makespan
 from megatron_kvshare.stages.placement import (
     PayloadShape,
     Placement,
