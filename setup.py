@@ -25,7 +25,6 @@ CORE = [
     "rich",
     "numpy",
     "safetensors",
-    "psutil",  # megatron-core 0.19 needs it to save a checkpoint and does not declare it
 ]
 EXTRAS = {
     "deepspeed": ["deepspeed"],
@@ -40,6 +39,7 @@ EXTRAS = {
         "mypy",
         "types-PyYAML",
         "matplotlib",
+        "psutil",
     ],
 }
 # lm-eval brings much that nothing else here needs.

@@ -52,7 +52,6 @@ REQUIRED = (
     Package("PyYAML", "", "", "--config FILE.yaml"),
     Package("rich", "", "", "the drawings of kvshare plan"),
     Package("numpy", "", "", "indexed data"),
-    Package("psutil", "", "", "saving checkpoints with megatron-core 0.19"),
     Package("safetensors", "", "", "weights in Hugging Face's format"),
 )
 OPTIONAL = {
@@ -80,6 +79,7 @@ OPTIONAL = {
         Package("mypy", "", "", "type checks"),
         Package("types-PyYAML", "", "", "type checks"),
         Package("matplotlib", "", "", "curves of benchmark runs"),
+        Package("psutil", "", "", "tests that end processes of a job"),
     ),
 }
 
