@@ -236,12 +236,12 @@ def _checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
             yield step, folder
 
 
-# Where there were some ----------------------------------------------------------------------------
+# Traces of checkpoints that cannot be found -------------------------------------------------------
 
 
 def traces(root: Path) -> list[str]:
-    """What tells that there were checkpoints, where none can be found: a run must not start over
-    because a disk is not there. A line for each.
+    """What tells that there were checkpoints in ``root``, a line for each: a run must not start
+    over because a disk is not there.
 
     What a killed run was writing aside is none: it was not complete.
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: ``kvshare.json``, and the check against a run."""
+"""What a checkpoint says about itself: ``kvshare.json``, and the check against a run. No torch."""
 
 from __future__ import annotations
 

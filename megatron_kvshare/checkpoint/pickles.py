@@ -178,12 +178,11 @@ def _of(value: Any, kind: type[Kind]) -> Kind:
     return value
 
 
-# Formats before 6, written by megatron-core: the number of updates is in common.pt, each rank's
-# random state in bytes among its tensors
+# Formats before 6, which megatron-core wrote ------------------------------------------------------
 
 
 def older_updates(folder: Path) -> int:
-    """How many updates the optimizer state has seen.
+    """How many updates the optimizer state has seen, by ``common.pt``.
 
     Raises:
         CheckpointError: it is not there, or the file would run code.
@@ -201,7 +200,7 @@ def older_updates(folder: Path) -> int:
 def older_random_state(
     folder: Path, metadata: Metadata, rank: int, world_size: int
 ) -> dict[str, torch.Tensor]:
-    """Generator states of one rank.
+    """Generator states of one rank, stored as bytes among the tensors.
 
     Raises:
         CheckpointError: they are not there, or would run code.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
 from megatron_kvshare.spec.model_spec import ModelSpec
+from tests.distributed.world import PATIENCE_SECONDS
 from tests.recipes import jacobi, strided
 
 BASE = "--mock-data --vocab-size 100 --num-layers 3 --kv-map 0_2_2"
@@ -105,3 +108,12 @@ def test_rules_see_it(tmp_path: Path) -> None:
     assert taken(flags) == str(RECIPES["two-sweep"])
     with pytest.raises(ConfigError, match=r"--kv-stride 3"):
         taken(f"{flags} --load {tmp_path}")
+
+
+def test_finding_it_needs_no_torch() -> None:
+    """Faults of a configuration are told before torch is loaded, the checkpoint's recipe known."""
+    code = "import sys, megatron_kvshare.checkpoint.recipe; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
+    assert done.stdout == "False\n", done.stderr
