@@ -1,7 +1,10 @@
 """Settings of every command: dataclasses, flags and YAML keys made from them, rules.
 
 ``flags/`` reads command lines and files and knows no setting; ``fields/`` are the settings;
-``derive.py`` is what they come to, ``rules/`` what they must fulfil. Each imports those before it.
+``blend.py`` reads data paths with weights, ``launch.py`` what torchrun announces. None of these
+four imports another. ``derive.py`` is what settings come to, ``rules/`` what they must fulfil, and
+``pretrain.py`` puts the command line of ``kvshare pretrain`` together: each of these three imports
+those before it.
 """
 
 from __future__ import annotations

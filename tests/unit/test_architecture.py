@@ -118,17 +118,53 @@ def test_the_import_rule_has_teeth():
     assert not list(upward_edges("config", iter([(5, "megatron_kvshare.sharing.map")])))
 
 
-CONFIG = {"flags": 0, "fields": 0, "derive": 1, "rules": 2, "pretrain": 3}
-"""Inside ``config/``: from reading to rules."""
+CONFIG = {
+    "flags": 0,
+    "fields": 0,
+    "blend": 0,
+    "launch": 0,
+    "derive": 1,
+    "rules": 2,
+    "pretrain": 3,
+}
+"""Inside ``config/``: from reading to rules. What is on one level knows nothing of each other."""
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if part_of(p) == "config"], ids=shown)
+def part_of_config(path: Path) -> str:
+    """The folder, or module, of ``config/`` a file belongs to."""
+    return path.relative_to(PACKAGE / "config").parts[0].removesuffix(".py")
+
+
+def upward_in_config(part: str, modules: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Imports of a part of ``config/`` at the same or a higher level inside it."""
+    for line, module in modules:
+        names = module.split(".")
+        if names[:2] != [NAME, "config"] or len(names) < 3:
+            continue
+        if names[2] != part and CONFIG.get(names[2], -1) >= CONFIG[part]:
+            yield line, module
+
+
+CONFIG_SOURCES = [
+    p for p in SOURCES if part_of(p) == "config" and p != PACKAGE / "config" / "__init__.py"
+]
+
+
+def test_every_part_of_the_configuration_has_a_level():
+    assert {part_of_config(path) for path in CONFIG_SOURCES} == set(CONFIG)
+
+
+@pytest.mark.parametrize("path", CONFIG_SOURCES, ids=shown)
 def test_configuration_is_read_then_derived_then_judged(path):
-    part = path.relative_to(PACKAGE / "config").parts[0].removesuffix(".py")
-    for line, module in imported_modules(path):
-        target = (module.split(".") + [""] * 3)[2] if f".{module}".count(".config.") else ""
-        if part in CONFIG and target in CONFIG and target != part:
-            assert CONFIG[target] < CONFIG[part], f"{shown(path)}:{line} imports {module}"
+    edges = list(upward_in_config(part_of_config(path), imported_modules(path)))
+    assert not edges, f"{shown(path)} imports {edges}"
+
+
+def test_the_rule_inside_the_configuration_has_teeth():
+    edges = upward_in_config("flags", iter([(1, f"{NAME}.config.fields.data"), (2, "yaml")]))
+    assert list(edges) == [(1, f"{NAME}.config.fields.data")]
+    assert list(upward_in_config("blend", iter([(3, f"{NAME}.config.rules")])))
+    assert not list(upward_in_config("rules", iter([(4, f"{NAME}.config.derive")])))
 
 
 def test_settings_are_derived_once():
