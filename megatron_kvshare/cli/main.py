@@ -20,7 +20,7 @@ EXIT_INTERRUPTED = 130  # what a shell reports for SIGINT
 EXIT_BROKEN_PIPE = 141  # what a shell reports for SIGPIPE
 
 
-class Command(NamedTuple):
+class Subcommand(NamedTuple):
     """A subcommand: the module with ``run(argv) -> exit code`` and one line of help."""
 
     module: str
@@ -28,16 +28,24 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "plan": Command("plan", "draw a sharing map and print what it costs; needs no GPU"),
-    "doctor": Command("doctor", "what is installed, what is missing, and the next step for each"),
-    "train-tokenizer": Command("train_tokenizer", "train a SentencePiece tokenizer on your text"),
-    "preprocess": Command("preprocess", "turn jsonl or plain text into Megatron .bin/.idx files"),
-    "pretrain": Command("pretrain", "train a model; the same command on a laptop and on a cluster"),
-    "convert": Command(
+    "plan": Subcommand("plan", "draw a sharing map and print what it costs; needs no GPU"),
+    "doctor": Subcommand(
+        "doctor", "what is installed, what is missing, and the next step for each"
+    ),
+    "train-tokenizer": Subcommand(
+        "train_tokenizer", "train a SentencePiece tokenizer on your text"
+    ),
+    "preprocess": Subcommand(
+        "preprocess", "turn jsonl or plain text into Megatron .bin/.idx files"
+    ),
+    "pretrain": Subcommand(
+        "pretrain", "train a model; the same command on a laptop and on a cluster"
+    ),
+    "convert": Subcommand(
         "convert", "to-hf and from-hf: checkpoints to and from Hugging Face folders"
     ),
-    "evaluate": Command("evaluate", "perplexity, the gap to exact evaluation, lm-eval tasks"),
-    "verify": Command(
+    "evaluate": Subcommand("evaluate", "perplexity, the gap to exact evaluation, lm-eval tasks"),
+    "verify": Subcommand(
         "verify", "whether a checkpoint and a Hugging Face folder are the same model"
     ),
 }
