@@ -11,7 +11,7 @@ from megatron_kvshare.config.fields.data import TokenizerType
 from megatron_kvshare.config.fields.types import SCHEMA, Count, dataclass
 from megatron_kvshare.config.flags.command_line import Command, parse
 from megatron_kvshare.data.documents import TextDocuments
-from megatron_kvshare.data.preprocess import InnerEnds, PreprocessJob, Progress, preprocess
+from megatron_kvshare.data.preprocess import Counts, InnerEnds, PreprocessJob, preprocess
 from megatron_kvshare.data.token_files import open_checked
 
 _EXAMPLES = """\
@@ -103,7 +103,7 @@ class _Reporter:
     def __init__(self, started: float) -> None:
         self.line = ProgressLine(started)
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Counts) -> None:
         rate = progress.tokens / self.line.elapsed
         counts = f"{progress.documents:,} documents  {progress.tokens:,} tokens"
         share = progress.bytes_read / progress.total_bytes

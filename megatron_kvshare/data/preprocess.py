@@ -81,7 +81,7 @@ class InnerEnds:
 
 
 @dataclass
-class Progress:
+class Counts:
     """Counts so far; documents without text are skipped."""
 
     total_bytes: int
@@ -136,7 +136,7 @@ class _Outputs:
 
     job: PreprocessJob
     tokenizer: Tokenizer
-    totals: list[Progress] = field(default_factory=list)
+    totals: list[Counts] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         from megatron_kvshare.megatron_api.datasets import TokenFileWriter
@@ -145,9 +145,9 @@ class _Outputs:
         size = self.tokenizer.vocab_size
         self.partial = [_aside(prefix) for prefix in self.job.prefixes]
         self.writers = [TokenFileWriter(files[TOKENS], size) for files in self.partial]
-        self.totals = [Progress(total_bytes=0) for _ in self.job.prefixes]
+        self.totals = [Counts(total_bytes=0) for _ in self.job.prefixes]
 
-    def write(self, batch: Sequence[_Encoded], progress: Progress) -> None:
+    def write(self, batch: Sequence[_Encoded], progress: Counts) -> None:
         for encoded, writer, total in zip(batch, self.writers, self.totals, strict=True):
             ends = numpy.cumsum(encoded.lengths)
             for length, end in zip(encoded.lengths.tolist(), ends.tolist(), strict=True):
@@ -184,7 +184,7 @@ class _Outputs:
                 path.unlink(missing_ok=True)
 
 
-def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = None) -> Progress:
+def preprocess(job: PreprocessJob, report: Callable[[Counts], None] | None = None) -> Counts:
     """Tokenize all documents; write ``.bin/.idx`` files and a note of the tokenizer beside them.
 
     Args:
@@ -207,7 +207,7 @@ def preprocess(job: PreprocessJob, report: Callable[[Progress], None] | None = N
         )
         raise DataError(Fault("--append-eod", "on", "the tokenizer names no such token", fix))
     encoder = _Encoder(job, tokenizer, tokenizer.eod)
-    progress = Progress(total_bytes=reader.total_bytes)
+    progress = Counts(total_bytes=reader.total_bytes)
     try:
         with ExitStack() as stack:
             stack.enter_context(owned(*(file_place("--output-prefix", p) for p in job.prefixes)))
@@ -288,7 +288,7 @@ def _result(future: Future[list[_Encoded] | tuple[Fault, ...]]) -> list[_Encoded
     return result
 
 
-def _notes(job: PreprocessJob, tokenizer: Tokenizer, total: Progress) -> dict[str, object]:
+def _notes(job: PreprocessJob, tokenizer: Tokenizer, total: Counts) -> dict[str, object]:
     model = Path(job.tokenizer_model).name if job.tokenizer_model else None
     return {
         "tokenizer_type": job.tokenizer_type,
