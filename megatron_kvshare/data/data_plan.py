@@ -10,7 +10,7 @@ from typing import Any
 from megatron_kvshare.config import DataConfig
 from megatron_kvshare.data.sources import Source, find_sources
 from megatron_kvshare.data.vocabulary import Vocabulary
-from megatron_kvshare.megatron_api.datasets import Part, PartSpec
+from megatron_kvshare.megatron_api.datasets import DataPart, PartSpec
 
 _MIN_ROUND = 1024
 """Smaller sources get an index over several epochs, so that little is lost at its end (less than
@@ -30,14 +30,14 @@ class DataRequest:
     vocabulary: Vocabulary
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[DataPart]:
         """Training data, and validation data when there is evaluation."""
-        return [Part.train, Part.valid] if self.eval_iters else [Part.train]
+        return [DataPart.train, DataPart.valid] if self.eval_iters else [DataPart.train]
 
-    def samples(self, part: Part) -> int:
+    def samples(self, part: DataPart) -> int:
         """Samples of the whole run (training) or of one evaluation (validation)."""
         return self.global_batch_size * (
-            self.train_iters if part is Part.train else self.eval_iters
+            self.train_iters if part is DataPart.train else self.eval_iters
         )
 
 
@@ -45,7 +45,7 @@ class DataRequest:
 class PlanRow:
     """One source of one part: its share of the blend, and what the run draws from it."""
 
-    part: Part
+    part: DataPart
     source: str
     documents: tuple[int, int]
     tokens: int
@@ -94,11 +94,11 @@ class DataPlan:
     rows: list[PlanRow] = field(default_factory=list)
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[DataPart]:
         """Parts the run reads."""
         return self.request.parts
 
-    def rows_of(self, part: Part) -> list[PlanRow]:
+    def rows_of(self, part: DataPart) -> list[PlanRow]:
         """The sources of one part."""
         return [row for row in self.rows if row.part is part]
 
@@ -159,7 +159,7 @@ def plan_data(data: DataConfig, request: DataRequest) -> DataPlan:
     )
 
 
-def _rows(part: Part, sources: list[Source], request: DataRequest) -> list[PlanRow]:
+def _rows(part: DataPart, sources: list[Source], request: DataRequest) -> list[PlanRow]:
     shares = [
         float(source.tokens) if source.weight is None else source.weight for source in sources
     ]

@@ -10,7 +10,7 @@ from megatron_kvshare.config.blend import parse_blend, parse_split
 from megatron_kvshare.data.token_files import TokenFiles, open_checked
 from megatron_kvshare.data.vocabulary import Vocabulary
 from megatron_kvshare.errors import DataError, Fault
-from megatron_kvshare.megatron_api.datasets import Part, split_ranges
+from megatron_kvshare.megatron_api.datasets import DataPart, split_ranges
 
 _SPLITS_TO_TRY = ("969,30,1", "98,2,0", "95,5,0", "90,10,0", "80,20,0", "67,33,0", "1,1,0")
 
@@ -33,8 +33,8 @@ class Source:
 
 
 def find_sources(
-    data: DataConfig, parts: Sequence[Part], vocabulary: Vocabulary
-) -> dict[Part, list[Source]]:
+    data: DataConfig, parts: Sequence[DataPart], vocabulary: Vocabulary
+) -> dict[DataPart, list[Source]]:
     """Open and check the documents of every requested part.
 
     Args:
@@ -48,7 +48,7 @@ def find_sources(
     """
     opened = _Opened()
     separate = not data.data_path
-    sources: dict[Part, list[Source]] = {}
+    sources: dict[DataPart, list[Source]] = {}
     for part in parts:
         flag, words = _paths(data, part)
         if not words:
@@ -83,7 +83,7 @@ class _Opened:
         return self.files.get(prefix)
 
 
-def usable_split(files: TokenFiles, parts: Sequence[Part]) -> str | None:
+def usable_split(files: TokenFiles, parts: Sequence[DataPart]) -> str | None:
     """A ``--split`` that gives every requested part of these files some tokens, if there is one."""
     candidates = _SPLITS_TO_TRY if len(parts) > 1 else ("100,0,0",)
     for split in candidates:
@@ -101,23 +101,23 @@ def token_outside(where: str, token: int, vocab_size: int) -> Fault:
     return Fault(where, token, f"token id outside the vocabulary of {vocab_size}", fix)
 
 
-def _paths(data: DataConfig, part: Part) -> tuple[str, Sequence[str]]:
+def _paths(data: DataConfig, part: DataPart) -> tuple[str, Sequence[str]]:
     if data.data_path:
         return "--data-path", data.data_path
     separate = {
-        Part.train: data.train_data_path,
-        Part.valid: data.valid_data_path,
+        DataPart.train: data.train_data_path,
+        DataPart.valid: data.valid_data_path,
     }
     if not any(separate.values()):
         return "--data-path", ()
     return f"--{part.name}-data-path", separate[part]
 
 
-def _split(split: str, sources: dict[Part, list[Source]]) -> dict[Part, list[Source]]:
+def _split(split: str, sources: dict[DataPart, list[Source]]) -> dict[DataPart, list[Source]]:
     """Give each part its documents of every source."""
     shares = parse_split(split)
     faults = []
-    cut: dict[Part, list[Source]] = {}
+    cut: dict[DataPart, list[Source]] = {}
     for part, whole in sources.items():
         cut[part] = []
         for source in whole:
@@ -131,7 +131,7 @@ def _split(split: str, sources: dict[Part, list[Source]]) -> dict[Part, list[Sou
     return cut
 
 
-def _empty_part(split: str, part: Part, piece: Source, parts: Sequence[Part]) -> Fault:
+def _empty_part(split: str, part: DataPart, piece: Source, parts: Sequence[DataPart]) -> Fault:
     first, end = piece.documents
     files = piece.files
     left = f"{end - first} documents without tokens" if end > first else "no documents"
@@ -176,7 +176,7 @@ def _check_tokens(files: TokenFiles, data: DataConfig, vocabulary: Vocabulary) -
     return faults
 
 
-def _no_data(flag: str, part: Part) -> Fault:
+def _no_data(flag: str, part: DataPart) -> Fault:
     fix = "give the prefix of files made by `kvshare preprocess`, or --mock-data"
     if flag == "--valid-data-path":
         fix = f"give {flag}, or --eval-iters 0"

@@ -20,7 +20,7 @@ from megatron_kvshare.data.packing import document_ids, position_ids
 from megatron_kvshare.data.sources import token_outside
 from megatron_kvshare.data.stream import SampleStream
 from megatron_kvshare.errors import STOP_SIGNALS, DataError
-from megatron_kvshare.megatron_api.datasets import Part, build_samples
+from megatron_kvshare.megatron_api.datasets import DataPart, build_samples
 
 _MOCK_SAMPLES = 1 << 16
 
@@ -60,7 +60,7 @@ class TrainData:
         data: DataConfig,
         plan: DataPlan,
         share: RankShare,
-        streams: dict[Part, SampleStream],
+        streams: dict[DataPart, SampleStream],
     ) -> None:
         self.plan = plan
         self._data = data
@@ -74,13 +74,13 @@ class TrainData:
             consumed_samples: training samples that all ranks together have used so far.
         """
         indices = micro_batches(self._share, self.plan.request.global_batch_size, consumed_samples)
-        return self._batches(Part.train, indices)
+        return self._batches(DataPart.train, indices)
 
     def valid_batches(self) -> Iterator[Batch]:
         """Micro-batches of one evaluation: always the same samples, so that values compare."""
         request = self.plan.request
         indices = micro_batches(self._share, request.global_batch_size, 0, request.eval_iters)
-        return self._batches(Part.valid, indices)
+        return self._batches(DataPart.valid, indices)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,11 +94,11 @@ class TrainData:
 
     def source_of(self, sample: int) -> tuple[str, int]:
         """Where training sample ``sample`` comes from: prefix of the data, and its number there."""
-        source, number = self._streams[Part.train].locate(sample)
-        rows = self.plan.rows_of(Part.train)
+        source, number = self._streams[DataPart.train].locate(sample)
+        rows = self.plan.rows_of(DataPart.train)
         return (rows[source].source if rows else "mock data"), number
 
-    def _batches(self, part: Part, indices: Iterator[list[int]]) -> Iterator[Batch]:
+    def _batches(self, part: DataPart, indices: Iterator[list[int]]) -> Iterator[Batch]:
         loader = DataLoader(
             self._streams[part],
             batch_sampler=indices,  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def micro_batches(
             yield list(range(first, first + share.micro_batch_size))
 
 
-def _open_streams(data: DataConfig, plan: DataPlan) -> dict[Part, SampleStream]:
+def _open_streams(data: DataConfig, plan: DataPlan) -> dict[DataPart, SampleStream]:
     rows = plan.rows
     cache = Path(data.data_cache_path or Path(rows[0].source, "cache", "GPTDataset_indices"))
     datasets = build_samples([row.spec(plan.request) for row in rows], cache)
@@ -191,11 +191,11 @@ def _open_streams(data: DataConfig, plan: DataPlan) -> dict[Part, SampleStream]:
     return streams
 
 
-def _mock_streams(request: DataRequest) -> dict[Part, SampleStream]:
+def _mock_streams(request: DataRequest) -> dict[DataPart, SampleStream]:
     vocabulary = request.vocabulary
     eod = vocabulary.size - 1 if vocabulary.eod is None else vocabulary.eod
 
-    def stream(part: Part) -> SampleStream:
+    def stream(part: DataPart) -> SampleStream:
         seed = request.seed + int(part)
         samples = MockSamples(_MOCK_SAMPLES, request.seq_length, vocabulary.size, eod, seed)
         return SampleStream([samples], [1.0], seed)

@@ -16,7 +16,7 @@ from megatron_kvshare.data.token_files import open_checked
 from megatron_kvshare.data.tokenizers import Tokenizer
 from megatron_kvshare.errors import DataError, Fault
 from megatron_kvshare.evaluation.api import LoadedModel
-from megatron_kvshare.megatron_api.datasets import Part, split_ranges
+from megatron_kvshare.megatron_api.datasets import DataPart, split_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,9 @@ def tokens_of_files(prefix: str, split: str | None, model: LoadedModel) -> torch
     files = open_checked(prefix)
     first, end = 0, files.num_documents
     if split is not None:
-        first, end = split_ranges(parse_split(split), files.num_documents).get(Part.valid, (0, 0))
+        first, end = split_ranges(parse_split(split), files.num_documents).get(
+            DataPart.valid, (0, 0)
+        )
     if not files.count_tokens(first, end):
         rule = f"no document of {prefix} with tokens is for validation"
         raise DataError(Fault("--split", split, rule, "leave it out to evaluate on all of them"))

@@ -29,7 +29,7 @@ from megatron_kvshare.errors import DataError, Fault
 from megatron_kvshare.megatron_api import sample_cache
 
 
-class Part(IntEnum):
+class DataPart(IntEnum):
     """What a piece of the data is for; the numbers are megatron-core's."""
 
     train = Split.train.value
@@ -49,7 +49,7 @@ class PartSpec:
     """
 
     prefix: str
-    part: Part
+    part: DataPart
     documents: tuple[int, int]
     min_samples: int | None
     seq_length: int
@@ -101,7 +101,7 @@ class TokenFileWriter:
         self._builder.data_file.close()
 
 
-def split_ranges(shares: Sequence[float], num_documents: int) -> dict[Part, tuple[int, int]]:
+def split_ranges(shares: Sequence[float], num_documents: int) -> dict[DataPart, tuple[int, int]]:
     """Which documents ``--split`` gives to each part, by megatron-core's own rounding.
 
     Args:
@@ -111,10 +111,10 @@ def split_ranges(shares: Sequence[float], num_documents: int) -> dict[Part, tupl
     Returns:
         ``[first, end)`` per part; ``first == end`` for a part without documents.
     """
-    padded = [*shares, *[0.0] * (len(Part) - len(shares))]
+    padded = [*shares, *[0.0] * (len(DataPart) - len(shares))]
     matrix = convert_split_vector_to_split_matrix(normalize(padded))
     ranges = {}
-    for part in Part:
+    for part in DataPart:
         start, stop = matrix[part] or (0.0, 0.0)
         ranges[part] = (round(start * float(num_documents)), round(stop * float(num_documents)))
     return ranges
@@ -172,7 +172,7 @@ def _dataset(spec: PartSpec, cache: str) -> GPTDataset:
         random_seed=spec.seed,
         sequence_length=spec.seq_length,
         blend=([spec.prefix], None),
-        split=",".join("1" if part == spec.part else "0" for part in Part),
+        split=",".join("1" if part == spec.part else "0" for part in DataPart),
         path_to_cache=cache,
         tokenizer=_IndexKey(spec),
         reset_position_ids=False,

@@ -15,7 +15,7 @@ from megatron_kvshare.config.blend import parse_blend, parse_split
 from megatron_kvshare.config.fields.types import Bytes, Count, Index, Layers, Minutes, Seconds, Seed
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.errors import ConfigError
-from megatron_kvshare.megatron_api.datasets import Part, split_ranges
+from megatron_kvshare.megatron_api.datasets import DataPart, split_ranges
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.stages.layout import parse_layout
 
@@ -43,7 +43,7 @@ def test_splits_mean_what_megatron_reads(split: str, number: int) -> None:
     """Where it reads them right: digits and points."""
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     found = split_ranges(parse_split(split), number)
-    for part in Part:
+    for part in DataPart:
         first, end = matrix[part] or (0.0, 0.0)
         assert found[part] == (round(first * number), round(end * number))
 
@@ -51,7 +51,7 @@ def test_splits_mean_what_megatron_reads(split: str, number: int) -> None:
 def test_an_exponent_is_part_of_its_number() -> None:
     """megatron-core reads 1e2,1 as 1, 2 and 1."""
     ranges = split_ranges(parse_split("1e2,1"), 101)
-    assert ranges == {Part.train: (0, 100), Part.valid: (100, 101), Part.test: (0, 0)}
+    assert ranges == {DataPart.train: (0, 100), DataPart.valid: (100, 101), DataPart.test: (0, 0)}
 
 
 @pytest.mark.parametrize(
