@@ -51,7 +51,7 @@ def cost_table(shape: ModelShape, plan: ExecutionPlan) -> Table:
     return table
 
 
-def recipe_table(shape: ModelShape, map: SharingMap) -> Table:
+def recipe_table(shape: ModelShape, sharing_map: SharingMap) -> Table:
     """The named recipes side by side, all over the standard map: training FLOPs, layer-forwards of
     training, prefill FLOPs, layers one after another in a prefill."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -60,16 +60,16 @@ def recipe_table(shape: ModelShape, map: SharingMap) -> Table:
     for title in ("train FLOPs", "layers", "prefill", "depth"):
         table.add_column(title, justify="right")
     for name, recipe in RECIPES.items():
-        its = cost.costs(shape, solver_plan(map, recipe))
+        its = cost.costs(shape, solver_plan(sharing_map, recipe))
         numbers = (its.train_flops_ratio, its.train_work, its.prefill_flops_ratio)
         cells = [f"{number:.2f} x" for number in (*numbers, its.sequential_depth)]
         table.add_row(name, str(recipe), *cells)
     return table
 
 
-def prefill_text(shape: ModelShape, map: SharingMap) -> str:
+def prefill_text(shape: ModelShape, sharing_map: SharingMap) -> str:
     """The fastest prefill with the loss of exact evaluation."""
-    its = cost.costs(shape, solver_plan(map, CONVERGED_PREFILL))
+    its = cost.costs(shape, solver_plan(sharing_map, CONVERGED_PREFILL))
     return (
         f"Converged prefill (the loss of exact): {CONVERGED_PREFILL},"
         f" {its.prefill_flops_ratio:.2f} x a standard prefill's FLOPs."

@@ -128,11 +128,11 @@ def world_size(config: PretrainConfig, environ: Mapping[str, str] = os.environ) 
     return config.parallel.model_parallel_size if config.dry_run else 1
 
 
-def pretrain_warnings(config: PretrainConfig, map: SharingMap) -> list[str]:
+def pretrain_warnings(config: PretrainConfig, sharing_map: SharingMap) -> list[str]:
     """What is allowed and probably not meant, one sentence each."""
     train, checkpoint, parallel = config.train, config.checkpoint, config.parallel
-    found = list(patterns.warnings(map, config.sharing.window_size))
-    found += recipe_warnings(config.sharing, map)
+    found = list(patterns.warnings(sharing_map, config.sharing.window_size))
+    found += recipe_warnings(config.sharing, sharing_map)
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         found.append("--sequence-parallel has no effect with --tensor-model-parallel-size 1")
     if train.lr_wsd_decay_iters is not None and train.lr_decay_style != "WSD":
