@@ -121,7 +121,7 @@ def loss_and_gradients(
     device = state.platform.device
     there = {name: None if x is None else x.to(device) for name, x in where.items()}
     model.zero_grad(set_to_none=True)
-    loss = model(tokens.to(device), labels.to(device), **there).value.mean()
+    loss = model(tokens.to(device), labels.to(device), **there).loss / labels.numel()
     loss.backward()
     return loss.detach().cpu(), gather_by_name([model], state, "grad")
 

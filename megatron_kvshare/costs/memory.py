@@ -14,6 +14,10 @@ from megatron_kvshare.sharing.plan import ExecutionPlan, StepMode
 
 _FP32_BYTES = 4
 
+LOGITS_PER_CHUNK = 1 << 25
+"""Logits of one rank that exist at a time on a GPU: 134 MB in fp32. Microbatches with more are cut
+into chunks of tokens, see ``megatron_api/loss.py``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingLayout:
@@ -56,14 +60,27 @@ def training_memory(
     if layout.use_distributed_optimizer:
         state = -(-state // layout.data_parallel_size)
     tokens = layout.micro_batch_size * shape.seq_length
-    logits = tokens * shape.vocab_size // layout.tensor_model_parallel_size
     return TrainingMemory(
         weights=owned * layout.bytes_per_element,
         gradients=owned * _FP32_BYTES,
         optimizer=state,
         activations=tokens * _activation_elements(shape, plan, layout) * layout.bytes_per_element,
-        logits=logits * (layout.bytes_per_element + _FP32_BYTES),  # as computed and as softmax
+        logits=_logit_bytes(shape, layout),
     )
+
+
+def _logit_bytes(shape: ModelShape, layout: TrainingLayout) -> int:
+    """Of the loss: logits as computed and as softmax; in chunks also as gradient, beside the
+    gradients of the whole head and of what enters it."""
+    tokens, columns = (
+        layout.micro_batch_size * shape.seq_length,
+        shape.vocab_size // layout.tensor_model_parallel_size,
+    )
+    if tokens * columns <= LOGITS_PER_CHUNK:
+        return tokens * columns * (layout.bytes_per_element + _FP32_BYTES)
+    chunk = LOGITS_PER_CHUNK * (2 * layout.bytes_per_element + _FP32_BYTES)
+    gradients = columns * _FP32_BYTES + tokens * layout.bytes_per_element
+    return chunk + gradients * shape.hidden_size
 
 
 def _activation_elements(shape: ModelShape, plan: ExecutionPlan, layout: TrainingLayout) -> int:

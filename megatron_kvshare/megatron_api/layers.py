@@ -13,19 +13,26 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
 )
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import (
     linear_with_grad_accumulation_and_async_allreduce,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_kvshare.megatron_api.linear import ALL_ROWS, local_linear
+from megatron_kvshare.megatron_api.linear import (
+    ALL_ROWS,
+    add_product_,
+    gradient_target,
+    local_linear,
+)
 
 __all__ = [
     "ColumnParallel",
@@ -34,7 +41,6 @@ __all__ = [
     "VocabEmbedding",
     "gather_last_dim",
     "scatter_to_sequence_parallel_region",
-    "vocab_parallel_cross_entropy",
 ]
 
 gather_last_dim = all_gather_last_dim_from_tensor_parallel_region
@@ -52,6 +58,43 @@ def _mark_split(weight: torch.Tensor, dim: int) -> None:
     """
     if not hasattr(weight, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+
+
+def _parallel_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rows: slice,
+    group: Any,
+    allreduce_dgrad: bool = False,
+    sequence_parallel: bool = False,
+) -> torch.Tensor:
+    """megatron-core's product, which overlaps messages of backward with it."""
+    part, buffer = gradient_target(weight, rows)
+    if buffer is not None:
+        part = part.view_as(part)  # a tensor that is no parameter: autograd gets no gradient
+        part.main_grad = buffer  # type: ignore[attr-defined]
+    return linear_with_grad_accumulation_and_async_allreduce(
+        input=x,
+        weight=part,
+        bias=None,
+        gradient_accumulation_fusion=buffer is not None,
+        allreduce_dgrad=allreduce_dgrad,
+        sequence_parallel=sequence_parallel,
+        tp_group=group,
+    )
+
+
+class _ProductsIntoBuffer:
+    """In the place of apex's extension of this name, by torch's own products."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(
+        x: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor
+    ) -> None:
+        add_product_(main_grad, grad_output.t(), x)
+
+
+megatron_layers.fused_weight_gradient_mlp_cuda = _ProductsIntoBuffer
 
 
 class ColumnParallel(ColumnParallelLinear):
@@ -82,14 +125,8 @@ class ColumnParallel(ColumnParallelLinear):
         """The same with a given local ``weight`` (this layer's, or a tied one)."""
         if self.tp_group.size() == 1:
             return local_linear(x, weight, rows)
-        return linear_with_grad_accumulation_and_async_allreduce(
-            input=x,
-            weight=weight if rows == ALL_ROWS else weight[rows],
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.allreduce_dgrad,
-            sequence_parallel=self.sequence_parallel,
-            tp_group=self.tp_group,
+        return _parallel_linear(
+            x, weight, rows, self.tp_group, self.allreduce_dgrad, self.sequence_parallel
         )
 
 
@@ -112,7 +149,10 @@ class RowParallel(RowParallelLinear):
         """``[s, b, local input] -> [s, b, output]``."""
         if self.tp_group.size() == 1:
             return local_linear(x, self.weight)
-        return super().forward(x)[0]
+        part = _parallel_linear(x, self.weight, ALL_ROWS, self.tp_group)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(part, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(part, group=self.tp_group)
 
 
 class VocabEmbedding(VocabParallelEmbedding):

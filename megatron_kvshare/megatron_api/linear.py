@@ -1,37 +1,72 @@
-"""A matrix product without tensor parallelism, whose weight gradient goes straight to DDP.
+"""Products whose weight gradient goes straight to DDP.
 
 megatron-core's data-parallel wrapper keeps one fp32 buffer of gradients and adds every parameter's
-gradient to it. Writing the product ``dy^T x`` there at once spares a tensor of the weight's size,
-its pages and one pass over the buffer; for a small model on the CPU that is a few percent of a
-step.
+gradient to it. Writing the product ``dy^T x`` there at once spares a tensor of the weight's size
+and one pass over the buffer for every use of the weight, and under bf16 the rounding of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-
-def accumulate_in_place(model: torch.nn.Module) -> None:
-    """Let :func:`local_linear` add to ``main_grad`` where a weight's own type is the buffer's.
-
-    Not for overlapped gradient reduction, which counts the gradients that autograd announces.
-    """
-    for parameter in model.parameters():
-        parameter.adds_in_place = parameter.dtype == parameter.main_grad.dtype
-
-
 ALL_ROWS = slice(None)
+
+
+def accumulate_in_place(
+    weights: Iterable[torch.nn.Parameter], embedding: torch.nn.Parameter | None, overlap: bool
+) -> None:
+    """Let products add to ``main_grad`` of their weights, where they can.
+
+    ``overlap``: gradients are reduced while backward runs, as soon as autograd announces them. It
+    announces none that it has not seen, so products do, but for the ``embedding``'s: that it sees.
+    """
+    for weight in weights:
+        weight.adds_in_place = _adds(weight)  # type: ignore[attr-defined]
+        weight.announces = overlap and weight is not embedding  # type: ignore[attr-defined]
+
+
+def _adds(weight: torch.nn.Parameter) -> bool:
+    """Whether there is a product of the weight's type that adds to its buffer."""
+    if weight.dtype == weight.main_grad.dtype:  # type: ignore[attr-defined]
+        return True
+    return weight.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+def gradient_target(
+    weight: torch.Tensor, rows: slice = ALL_ROWS
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Some ``rows`` of a weight for a product, and the part of its buffer that the product has to
+    add their gradient to; None where autograd does."""
+    if not (torch.is_grad_enabled() and getattr(weight, "adds_in_place", False)):
+        return weight if rows == ALL_ROWS else weight[rows], None
+    held = _Announced.apply(weight) if weight.announces else weight
+    return held if rows == ALL_ROWS else held[rows], weight.main_grad[rows]
+
+
+class _Announced(torch.autograd.Function):
+    """A weight whose gradient autograd takes for seen, when the last product has added it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.nn.Parameter) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight = weight
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, _: None) -> None:
+        weight = ctx.weight
+        weight.grad_added_to_main_grad = True
+        weight.grad = weight.new_zeros(()).expand(weight.shape)  # what DDP looks for; never read
 
 
 def local_linear(x: torch.Tensor, weight: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
     """``x [.., in] -> [.., rows]`` with some ``rows`` of ``weight [out, in]``."""
-    part = weight if rows == ALL_ROWS else weight[rows]
-    if torch.is_grad_enabled() and getattr(weight, "adds_in_place", False):
-        return _LinearIntoBuffer.apply(x, part, weight.main_grad[rows])
-    return F.linear(x, part)
+    part, buffer = gradient_target(weight, rows)
+    return F.linear(x, part) if buffer is None else _LinearIntoBuffer.apply(x, part, buffer)
 
 
 class _LinearIntoBuffer(torch.autograd.Function):
@@ -46,5 +81,15 @@ class _LinearIntoBuffer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.gradient.addmm_(grad.flatten(0, -2).t(), x.flatten(0, -2))
+        add_product_(ctx.gradient, grad.flatten(0, -2).t(), x.flatten(0, -2))
         return grad.matmul(weight), None, None
+
+
+def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``out += a @ b`` in fp32, whatever the type of ``a`` and ``b``."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))

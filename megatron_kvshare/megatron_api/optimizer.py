@@ -56,8 +56,8 @@ def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> Dist
         wrapped = DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
     if parallel.overlap_grad_reduce:
         model.config.no_sync_func = wrapped.no_sync
-    else:
-        accumulate_in_place(model)
+    embedding = model.embedding and model.embedding.weight
+    accumulate_in_place(model.parameters(), embedding, parallel.overlap_grad_reduce)
     return wrapped
 
 
@@ -127,15 +127,39 @@ def update_parameters(
 ) -> None:
     """After :func:`gradient_norm`: clip to ``clip_grad`` (0: do not) and take the AdamW step.
 
-    Clipping scales the gradient buffer in one go, where megatron-core without fused kernels copies
-    every gradient.
+    On a GPU the fused AdamW scales each gradient as it reads it. Elsewhere the buffer is scaled in
+    one go, where megatron-core without fused kernels copies every gradient.
     """
+    factor = clip_grad / (grad_norm + 1e-6) if 0 < clip_grad < grad_norm else 1.0
+    inner = _inner_optimizers(optimizer)
     with cpu_mode():
-        if 0 < clip_grad < grad_norm:
+        if factor != 1.0 and scale_in_step(inner):
+            with _dividing_gradients(inner, 1 / factor):
+                optimizer.step_with_ready_grads()
+            return
+        if factor != 1.0:
             for model in models:
-                model.scale_gradients(clip_grad / (grad_norm + 1e-6))
+                model.scale_gradients(factor)
             optimizer.prepare_grads()
         optimizer.step_with_ready_grads()
+
+
+def scale_in_step(optimizers: Sequence[torch.optim.AdamW]) -> bool:
+    """Whether torch's fused AdamW takes the step, on a GPU."""
+    groups = [group for each in optimizers for group in each.param_groups if group["params"]]
+    return bool(groups) and all(group["params"][0].is_cuda for group in groups)
+
+
+@contextlib.contextmanager
+def _dividing_gradients(optimizers: Sequence[torch.optim.AdamW], scale: float) -> Iterator[None]:
+    """The fused AdamW divides by ``grad_scale`` if it has one, as under torch's GradScaler."""
+    for each in optimizers:
+        each.grad_scale = torch.tensor(scale)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for each in optimizers:
+            del each.grad_scale  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -10,11 +10,8 @@ import torch
 from torch import nn
 
 from megatron_kvshare.config import ParallelConfig
-from megatron_kvshare.megatron_api.layers import (
-    ColumnParallel,
-    VocabEmbedding,
-    vocab_parallel_cross_entropy,
-)
+from megatron_kvshare.megatron_api.layers import ColumnParallel, VocabEmbedding
+from megatron_kvshare.megatron_api.loss import TokenLosses, cross_entropy, mask_padding
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.megatron_api.platform import cpu_mode
 from megatron_kvshare.megatron_api.transformer_config import transformer_config
@@ -28,7 +25,8 @@ from megatron_kvshare.stages.placement import Placement, Stage
 
 
 class ModelOutput(NamedTuple):
-    """``value``: fp32 loss per token ``[b, s]``, or logits ``[b, s, vocab / tp]`` without labels;
+    """``value``: logits ``[b, s, vocab / tp]``, or with labels the fp32 loss of every token
+    ``[b, s]``, without gradient; ``loss``: the sum over those that count, for backward. Both are
     None below the last pipeline stage. ``leaving``: what the next stage needs, None on the last.
 
     ``residuals``: this rank's fp64 sums ``[groups, sweeps, 2]`` of
@@ -38,6 +36,7 @@ class ModelOutput(NamedTuple):
     value: torch.Tensor | None
     residuals: torch.Tensor | None
     leaving: StageTensors | None = None
+    loss: torch.Tensor | None = None
 
 
 class KVShareGPT(nn.Module):
@@ -105,8 +104,10 @@ class KVShareGPT(nn.Module):
         measure_residual: bool = False,
         plan: ExecutionPlan | None = None,
         entering: StageTensors | None = None,
+        counted: torch.Tensor | None = None,
     ) -> ModelOutput:
-        """Tokens, labels, positions and documents are ``[b, s]`` integers.
+        """Tokens, labels, positions and documents are ``[b, s]`` integers; ``counted`` ``[b, s]``
+        says which tokens the loss counts (None: all).
 
         ``position_ids`` None means 0..s-1. Tokens of different ``document_ids`` do not see each
         other. ``plan``: another plan of the same map than the model's own. ``entering``: what the
@@ -119,7 +120,11 @@ class KVShareGPT(nn.Module):
         output = self.decoder(entering, contexts, plan or self.plan, measure_residual)
         if self.output_layer is None:
             return ModelOutput(None, output.residuals, output.leaving)
-        return ModelOutput(self.predict(output.leaving.hidden, labels), output.residuals)
+        hidden = output.leaving.hidden
+        if labels is None:
+            return ModelOutput(self.logits(hidden), output.residuals)
+        losses = self.losses(hidden, labels, counted)
+        return ModelOutput(losses.each, output.residuals, loss=losses.total)
 
     def contexts(
         self,
@@ -133,14 +138,30 @@ class KVShareGPT(nn.Module):
         )
         return sequence_contexts(self.spec, layout, position_ids)
 
-    def predict(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """Norm, head and loss over ``[s, b, h]``: fp32 ``[b, s]``, or logits without labels."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Norm and head: ``[s, b, h]`` -> fp32 ``[b, s, vocab / tp]``; padded columns are -inf."""
+        head, hidden, weight = self._head(hidden)
+        logits = mask_padding(head.project(hidden, weight), self.true_columns)
+        return logits.transpose(0, 1).contiguous().float()
+
+    def losses(
+        self, hidden: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None = None
+    ) -> TokenLosses:
+        """Norm, head and loss of ``[s, b, h]``; ``labels``, ``counted`` (None: all) ``[b, s]``."""
+        if counted is None:
+            counted = torch.ones_like(labels, dtype=torch.bool)
+        head, hidden, weight = self._head(hidden)
+        return cross_entropy(hidden, head, weight, self.true_columns, labels, counted)
+
+    def _head(
+        self, hidden: torch.Tensor
+    ) -> tuple[ColumnParallel, torch.Tensor, torch.nn.Parameter]:
+        """The head, what enters it, and its weight, which may be the embedding's."""
         assert self.output_layer is not None and self.decoder.final_layernorm is not None
-        logits = self._logits(self.output_layer, self.decoder.final_layernorm(hidden))
-        if labels is None:
-            return logits.transpose(0, 1).contiguous().float()
-        loss: torch.Tensor = vocab_parallel_cross_entropy(logits, labels.t().contiguous())
-        return loss.t()
+        weight = self.output_layer.weight
+        if weight is None:
+            weight = self.shared_embedding_or_output_weight()
+        return self.output_layer, self.decoder.final_layernorm(hidden), weight
 
     @property
     def copies(self) -> frozenset[str]:
@@ -148,16 +169,6 @@ class KVShareGPT(nn.Module):
         owns = self.output_layer is not None and self.output_layer.weight is not None
         tied = self.share_embeddings_and_output_weights
         return frozenset({"output_layer.weight"} if tied and owns else ())
-
-    def _logits(self, head: ColumnParallel, hidden: torch.Tensor) -> torch.Tensor:
-        """``[s, b, h] -> [s, b, vocab / tp]``; padded columns are -inf."""
-        weight = head.weight
-        if weight is None:
-            weight = self.shared_embedding_or_output_weight()
-        logits = head.project(hidden, weight)
-        if self.true_columns < logits.shape[-1]:
-            logits[..., self.true_columns :] = float("-inf")
-        return logits
 
     def shared_embedding_or_output_weight(self) -> nn.Parameter:
         """The weight of embedding and tied head that is on this stage, for megatron-core."""

@@ -12,7 +12,7 @@ from megatron_kvshare.megatron_api.schedule import ChunkOutput
 from megatron_kvshare.model.gpt import ModelOutput
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.pipeline.payload import PayloadFormat
-from megatron_kvshare.pipeline.runner import Pass, Sums, token_sums
+from megatron_kvshare.pipeline.runner import Pass, Sums, counted_tokens
 from megatron_kvshare.stages.placement import PayloadShape, Placement, Stage, boundary_widths
 
 
@@ -52,6 +52,7 @@ class StageChunk(nn.Module):
         if self.entering is not None:
             assert payload is not None, "the stage below sent nothing"
             entering = self.entering.unpack(payload)
+        counted = counted_tokens(batch)
         output: ModelOutput = self.module(
             batch.tokens,
             batch.labels,
@@ -60,16 +61,16 @@ class StageChunk(nn.Module):
             measure_residual=how.measure_residual,
             plan=how.plan,
             entering=entering,
+            counted=counted,
         )
         if self.leaving is not None:
             assert output.leaving is not None, "only the last stage keeps its output"
             packed = self.leaving.pack(output.leaving)
             nothing = packed.new_zeros((), dtype=torch.float64)
             return ChunkOutput(packed, nothing.int(), Sums(nothing, nothing, output.residuals))
-        assert output.value is not None, "the last stage has the loss"
-        losses, num_tokens = token_sums(batch, output.value)
-        sums = Sums(losses.detach().double().sum(), num_tokens.double(), output.residuals)
-        return ChunkOutput(losses.sum(), num_tokens.int(), sums)
+        assert output.value is not None and output.loss is not None, "the last stage has the loss"
+        sums = Sums.of(output.value, counted, output.residuals)
+        return ChunkOutput(output.loss, sums.num_tokens.int(), sums)
 
 
 def stage_formats(

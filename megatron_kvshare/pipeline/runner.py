@@ -38,6 +38,13 @@ class Sums(NamedTuple):
     residuals: torch.Tensor | None = None
 
     @classmethod
+    def of(
+        cls, losses: torch.Tensor, counted: torch.Tensor, residuals: torch.Tensor | None
+    ) -> Sums:
+        """Of one microbatch: ``losses`` ``[b, s]``, 0 where not ``counted``."""
+        return cls(losses.double().sum(), counted.sum().double(), residuals)
+
+    @classmethod
     def stack(cls, each: Sequence[Sums]) -> Sums:
         """``[]`` of every microbatch -> ``[m]``."""
         return cls(*(None if x[0] is None else torch.stack(x) for x in zip(*each, strict=True)))
@@ -75,7 +82,6 @@ class BatchRunner(Protocol):
         ...
 
 
-def token_sums(batch: Batch, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses ``[b, s]`` of the tokens that count, 0 for the others, and how many count."""
-    counted = batch.loss_mask > 0
-    return torch.where(counted, losses, 0.0), counted.sum()
+def counted_tokens(batch: Batch) -> torch.Tensor:
+    """``[b, s]``: which tokens the loss counts."""
+    return batch.loss_mask > 0

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_kvshare.megatron_api.loss import TokenLosses
 from megatron_kvshare.model.block import StageTensors
 from megatron_kvshare.model.context import SequenceContexts
 from megatron_kvshare.model.gpt import KVShareGPT
@@ -31,10 +32,12 @@ Values = Mapping[Key, Tensors]
 
 
 class Microbatch(NamedTuple):
-    """What every stage knows of a microbatch: its tokens and labels ``[b, s]``, and contexts."""
+    """What every stage knows of a microbatch: tokens, labels, which of them count, each
+    ``[b, s]``, and contexts."""
 
     token_ids: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor
+    counted: torch.Tensor
     contexts: SequenceContexts
 
 
@@ -42,7 +45,7 @@ class TaskOutput(NamedTuple):
     """``residual``: rows of the task's sweep and segment, of targets that were renewed here."""
 
     made: Values
-    loss: torch.Tensor | None = None
+    losses: TokenLosses | None = None
     residuals: torch.Tensor | None = None
 
 
@@ -64,7 +67,7 @@ def run_task(
             return _finish(task, model, batch, values)
         case HeadTask():
             (hidden,) = values[task.hidden]
-            return TaskOutput({}, loss=model.predict(hidden, batch.labels))
+            return TaskOutput({}, losses=model.losses(hidden, batch.labels, batch.counted))
     raise TypeError(task)
 
 

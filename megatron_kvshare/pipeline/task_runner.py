@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from megatron_kvshare.megatron_api.schedule import finalize_gradients
 from megatron_kvshare.model.block import plan_residuals
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.pipeline.executor import Shapes, StageExecutor
-from megatron_kvshare.pipeline.runner import Pass, Sums, token_sums
+from megatron_kvshare.pipeline.runner import Pass, Sums, counted_tokens
 from megatron_kvshare.pipeline.stage_tasks import Microbatch, TaskOutput
 from megatron_kvshare.pipeline.transport import Transport
 from megatron_kvshare.sharing.plan import ExecutionPlan
@@ -30,11 +30,6 @@ from megatron_kvshare.stages.placement import PayloadShape, Placement
 from megatron_kvshare.stages.task_cost import task_graph
 from megatron_kvshare.stages.tasks import Key, LayersTask, SweepTask, Task
 from megatron_kvshare.stages.traffic import tokens_of
-
-
-class _Taken(NamedTuple):
-    batch: Batch
-    microbatch: Microbatch
 
 
 @dataclass
@@ -105,7 +100,7 @@ class TaskRunner:
             self.stages[0].heads,
             how.measure_residual,
         )
-        taken: list[_Taken] = []
+        taken: list[Microbatch] = []
         losses: dict[int, torch.Tensor] = {}
         sums = [self._nothing(how) for _ in range(count)]
         for action in messages.order[self.state.pp_rank]:
@@ -115,12 +110,12 @@ class TaskRunner:
             if not action.forward:
                 executor.backward(action, losses.pop(number, None))
                 continue
-            output = executor.forward(action, taken[number].microbatch)
-            if output.loss is not None:
-                counted, num_tokens = token_sums(taken[number].batch, output.loss)
-                losses[number] = counted.sum()
-                loss_sum = counted.detach().double().sum()
-                sums[number] = sums[number]._replace(loss=loss_sum, num_tokens=num_tokens.double())
+            output = executor.forward(action, taken[number])
+            if output.losses is not None:
+                losses[number] = output.losses.total
+                counted = taken[number].counted
+                of_loss = Sums.of(output.losses.each, counted, None)
+                sums[number] = of_loss._replace(residuals=sums[number].residuals)
             _add_residuals(sums[number].residuals, how.plan, tasks[action.task], output)
         executor.transport.finish()
         return sums
@@ -131,9 +126,9 @@ class TaskRunner:
         rows = plan_residuals(how.plan, device) if how.measure_residual else None
         return Sums(nothing, nothing, rows)
 
-    def _microbatch(self, batch: Batch) -> _Taken:
+    def _microbatch(self, batch: Batch) -> Microbatch:
         contexts = self.stages[0].contexts(batch.tokens, batch.position_ids, batch.document_ids)
-        return _Taken(batch, Microbatch(batch.tokens, batch.labels, contexts))
+        return Microbatch(batch.tokens, batch.labels, counted_tokens(batch), contexts)
 
     def _shapes(self, task: Task, key: Key) -> Shapes:
         """Of the tensors of a value on its way from this rank."""

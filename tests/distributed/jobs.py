@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +22,7 @@ from megatron_kvshare.config import (
     SharingConfig,
     TrainConfig,
 )
+from megatron_kvshare.megatron_api import loss
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.attention import SharedKVAttention
 from megatron_kvshare.model.gpt import KVShareGPT
@@ -119,6 +121,12 @@ def train(state: ParallelState, layout: Layout, case: Case) -> Trained:
     gradients = finished_gradients(run)
     losses += [train_step(run, batches, number).loss for number in range(2, case.steps + 1)]
     return Trained(losses, initial_weights, gradients)
+
+
+def train_in_chunks(state: ParallelState, layout: Layout, case: Case, logits: int) -> Trained:
+    """The same run, whose loss sees no more than so many logits of a rank at a time."""
+    with mock.patch.object(loss, "logits_per_chunk", lambda device: logits):
+        return train(state, layout, case)
 
 
 def finished_gradients(run: Run) -> dict[str, Tensor]:

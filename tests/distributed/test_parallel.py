@@ -7,6 +7,7 @@ re-ordered (TP, SP, DP) gradients agree to 1e-5 in norm; nothing else may differ
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -102,6 +103,33 @@ def test_variant_trains_like_one_rank(variant: str, world: World, single):
     if variant == "accumulation":
         alone.pop("train")
     assert_same_training(got, jobs.train(single, Layout(), Case(**alone, steps=3)))
+
+
+CHUNKED = {
+    "one-rank": (Layout(), {}),
+    "tp2": (Layout(2), {}),
+    "tp4-sp": (Layout(4, sequence_parallel=True), {}),
+    "tp2-sp-dp2-sharded": (SPREAD, SHARDED),
+    "overlap": (SPREAD, VARIANTS["overlap"]["parallel"]),
+    "pp2": (Layout(pipeline=2), {}),
+    "tp2-pp2": (Layout(2, pipeline=2), {}),
+}
+
+
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
+@pytest.mark.parametrize("layout", CHUNKED)
+def test_loss_in_chunks_trains_like_one_rank(layout: str, untied: bool, world: World, single):
+    """Masked tokens, a vocabulary that is padded, and a last chunk that is shorter."""
+    spread, parallel = CHUNKED[layout]
+    case = Case(
+        sharing={"kv_pattern": "sandwich-middle", "kv_layers": 3},
+        model={"untie_embeddings_and_output_weights": untied},
+        data=PACKED,
+        steps=3,
+    )
+    of_rank = 5 * 128 // spread.tensor  # five tokens, of 64 or 32
+    got = world.run(jobs.train_in_chunks, spread, replace(case, parallel=parallel), of_rank)
+    assert_same_training(got, jobs.train(single, Layout(), case))
 
 
 @pytest.mark.parametrize("granularity", ["full", "selective"])

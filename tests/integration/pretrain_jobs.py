@@ -138,7 +138,8 @@ def happening(rank: int, accident: Accident | None) -> Any:
             for process in [*psutil.Process().children(), psutil.Process()]:
                 process.send_signal(accident.what)
             return output
-        return output._replace(value=output.value * {"nan": math.nan, "spike": 9}[accident.what])
+        factor = {"nan": math.nan, "spike": 9}[accident.what]
+        return output._replace(value=output.value * factor, loss=output.loss * factor)
 
     if accident is None or accident.rank != rank:
         yield

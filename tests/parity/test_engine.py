@@ -13,7 +13,7 @@ import torch
 from megatron_kvshare.checkpoint.save import content
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.megatron_api.optimizer import learning_rate
-from megatron_kvshare.pipeline.runner import Sums, token_sums
+from megatron_kvshare.pipeline.runner import Sums, counted_tokens
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import setup
 from megatron_kvshare.train.pretrain import pretrain
@@ -60,10 +60,12 @@ class PlainEngine:
         for _ in range(count):
             batch = next(batches)
             kinds = (batch.tokens, batch.labels, batch.position_ids, batch.document_ids)
-            output = self.stages[0](*kinds, measure_residual=how.measure_residual, plan=how.plan)
-            losses, num_tokens = token_sums(batch, output.value)
-            use(losses.sum())
-            each.append(Sums(losses.detach().double().sum(), num_tokens, output.residuals))
+            counted = counted_tokens(batch)
+            output = self.stages[0](
+                *kinds, measure_residual=how.measure_residual, plan=how.plan, counted=counted
+            )
+            use(output.loss)
+            each.append(Sums.of(output.value, counted, output.residuals))
         return Sums.stack(each)
 
     def whole_weights(self):

@@ -71,7 +71,7 @@ def test_recompute_repeats_only_passes_with_gradient(single, monkeypatch):
     load_by_name(model, TINY.weights(sharing))
     tokens = random_tokens(TINY.vocabulary, 1, 12)
     stage = "forward"
-    loss = model(tokens, tokens).value.mean()
+    loss = model(tokens, tokens).loss / tokens.numel()
     stage = "backward"
     loss.backward()
     # Group 1..6: its five upward layers and its top in both gradient passes; layers 0 and 7 once

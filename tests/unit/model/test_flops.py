@@ -106,7 +106,7 @@ def run(model: KVShareGPT, entering: StageTensors | None) -> tuple[Measured, Sta
     tokens = torch.randint(48, (1, LENGTH))
     with Products() as forward:
         output = model(tokens, tokens, entering=entering and _leaves(entering))
-    made = [output.value] if output.leaving is None else _tensors(output.leaving)
+    made = [output.loss] if output.leaving is None else _tensors(output.leaving)
     with Products() as backward:
         torch.autograd.backward([each.sum() for each in made])
     return Measured(forward.flops, backward.flops), output.leaving
