@@ -74,11 +74,13 @@ def _train(planned: RunPlan, argv: Sequence[str]) -> bool:
     # megatron-core's notes on packages that are not installed: `kvshare doctor` says it better.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    from megatron_kvshare.megatron_api import parallel
+    from megatron_kvshare.megatron_api import parallel, platform
     from megatron_kvshare.train.pretrain import pretrain
     from megatron_kvshare.train.report import Typed
 
     config = planned.config
+    if config.train.deterministic_mode:
+        platform.use_deterministic_algorithms()
     try:
         state = parallel.initialize(
             config.parallel.tensor_model_parallel_size,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,16 @@ def activate(backend: str = "auto", local_rank: int = 0) -> Platform:
     _install_stand_ins()
     _keep_freed_memory()
     return Platform(_CPU, "gloo")
+
+
+def use_deterministic_algorithms() -> None:
+    """The same bits from the same inputs, every time on the same GPUs: torch raises where an
+    operation cannot give them. To be called before CUDA and NCCL start: cuBLAS and NCCL read their
+    choices then (as in Megatron, the user's own are kept)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds faults, costs time
 
 
 def _on_cpu(device: Any) -> Any:

@@ -46,6 +46,9 @@ class Console:
             f"{record['tflops']:.3g} TFLOP/s",
             f"MFU {record['mfu']:.1%}",
         ]
+        if "memory_allocated_gib" in record:
+            allocated, reserved = record["memory_allocated_gib"], record["memory_reserved_gib"]
+            parts.append(f"memory {allocated:.1f} of {reserved:.1f} GiB")
         if "kv_residual" in record:
             parts.append(f"KV residual {record['kv_residual']:.2g}")
         if record["skipped_steps"]:

@@ -17,13 +17,14 @@ from megatron_kvshare.train.anomaly import (
     write_down,
 )
 from megatron_kvshare.train.evaluation import evaluate
-from megatron_kvshare.train.metrics import Metrics, residual_fields
+from megatron_kvshare.train.metrics import Metrics, memory_fields, residual_fields
+from megatron_kvshare.train.profiling import Profiling
 from megatron_kvshare.train.run import Orders, Run, StepResult
 from megatron_kvshare.train.saving import save, settle
 from megatron_kvshare.train.step import train_step
 
 
-def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
+def train(run: Run, metrics: Metrics, wish: StopWish, profiling: Profiling) -> float | None:
     """Train up to ``train_iters``, or until ``wish``; returns the loss of the final evaluation.
 
     None where there is none: evaluation is off, or the run was stopped by ``wish``.
@@ -45,7 +46,8 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
         run.pulse.beat("waiting for data", step)
         limit = loss_limit(train, run.progress.health)
         orders = Orders(logged and _wants_residual(run), limit, wish.now())
-        result = train_step(run, batches, step, orders)
+        with profiling.step(step):
+            result = train_step(run, batches, step, orders)
         if result.stop == LOST:
             with together(run.state):
                 run.owner.check()
@@ -55,7 +57,7 @@ def train(run: Run, metrics: Metrics, wish: StopWish) -> float | None:
         stop = error is not None or (result.stop != 0 and not last)
         if logged or stop or result.skipped or alarms:
             marks = {"skipped": bool(result.skipped) or None, "diverging": bool(alarms) or None}
-            extra = residual_fields(result.kv_residuals) | marks
+            extra = residual_fields(result.kv_residuals) | memory_fields(run.state) | marks
             metrics.train(run.progress, result.loss, result.lr, result.grad_norm, **extra)
         with metrics.watch.paused():
             if train.eval_iters and not stop and (last or _due(step, train.eval_interval)):

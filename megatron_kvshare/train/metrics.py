@@ -8,25 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from megatron_kvshare.checkpoint.manifest import Progress
+from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.train.sinks import Record, Sink
 
 _TERA = 1e12
-
-
-def measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of one device in a matrix product, best of a few: what MFU compares with."""
-    size, repeats = (8192, 10) if device.type == "cuda" else (512, 5)
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / _TERA
 
 
 class Stopwatch:
@@ -75,7 +63,8 @@ class Metrics:
     run so far, masked ones included), ``tokens_per_second`` (all devices, since the last record),
     ``tflops`` (per device, of what the sweeps need after skipping), ``mfu``, ``eta_seconds``,
     ``skipped_steps`` and for cyclic maps ``kv_residual`` (of the last sweep) and ``kv_residual_1``,
-    ``kv_residual_2``, ... (of every sweep); ``skipped`` is there, and true, on a
+    ``kv_residual_2``, ... (of every sweep), on GPUs ``memory_allocated_gib`` and
+    ``memory_reserved_gib``, see :func:`memory_fields`; ``skipped`` is there, and true, on a
     step that changed nothing. A validation record has ``step``, ``valid_loss``,
     ``valid_perplexity`` and for cyclic maps ``valid_kv_gap`` (exact minus iterated loss) and
     ``valid_kv_residual...`` as above. Numbers are not rounded.
@@ -135,6 +124,23 @@ def residual_fields(residuals: Sequence[float]) -> dict[str, float | None]:
         return {}
     each = {f"kv_residual_{number}": value for number, value in enumerate(residuals, 1)}
     return {"kv_residual": residuals[-1], **each}
+
+
+def memory_fields(state: ParallelState) -> dict[str, float | None]:
+    """Most GiB that tensors have taken on a GPU since the start, and most that torch has taken from
+    the device for them; of the rank that has most. Nothing on a CPU.
+
+    Collective over all ranks.
+    """
+    device = state.platform.device
+    if device.type != "cuda":
+        return {}
+    peaks = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+    most = torch.tensor(peaks, dtype=torch.float64, device=device)
+    if state.world_size > 1:
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    allocated, reserved = (most / 2**30).tolist()
+    return {"memory_allocated_gib": allocated, "memory_reserved_gib": reserved}
 
 
 def perplexity(loss: float) -> float:

@@ -13,9 +13,11 @@ from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train import report
 from megatron_kvshare.train.agreement import StopWish, stop_wish, together
 from megatron_kvshare.train.loop import train
-from megatron_kvshare.train.metrics import Metrics, measured_peak_tflops
+from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.out_of_memory import within_memory
 from megatron_kvshare.train.owning import Owner, owning
+from megatron_kvshare.train.peaks import Peak, peak
+from megatron_kvshare.train.profiling import Profiling
 from megatron_kvshare.train.report import Typed
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
@@ -54,15 +56,16 @@ def _pretrain(
             say(f"Continuing from {run.continued} at step {run.progress.step:,}.")
         say("")
     with together(state):
-        metrics = _metrics(run)
+        metrics, profiling = _metrics(run), Profiling(run.config, state)
     pulse.beat("starting")
     with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(profiling.close)
         at_the_end.callback(metrics.close)
         if run.saver is not None:  # before the metrics: a tracker may take its time
             at_the_end.callback(run.saver.close)
         limit = 60 * run.config.parallel.distributed_timeout_minutes
         with watched(pulse, state, limit, owner.release):
-            valid_loss = train(run, metrics, wish)
+            valid_loss = train(run, metrics, wish, profiling)
     with together(state), contextlib.suppress(OSError):
         owner.check()
     if state.is_first:
@@ -72,11 +75,11 @@ def _pretrain(
 
 def _metrics(run: Run) -> Metrics:
     config, state = run.config, run.state
-    sinks, peak = [], 1.0
+    sinks, most = [], Peak(1.0, "")
     if state.is_first:
         sinks = open_sinks(config, run.progress.step, run.tracking, run.owner)
-        peak = config.log.peak_tflops or measured_peak_tflops(
-            state.platform.device, run.engine.stages[0].config.params_dtype
-        )
+        dtype = run.engine.stages[0].config.params_dtype
+        most = peak(state.platform.device, dtype, config.log.peak_tflops)
+        say(f"MFU is of {most.tflops:,.3g} TFLOP/s per device: {most.source}.")
     flops = train_flops_per_token(run.spec.shape, run.plan) / state.world_size
-    return Metrics(sinks, config.train.train_iters, flops, peak)
+    return Metrics(sinks, config.train.train_iters, flops, most.tflops)

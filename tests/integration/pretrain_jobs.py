@@ -27,6 +27,7 @@ from megatron_kvshare.train.agreement import StopWish
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics
 from megatron_kvshare.train.pretrain import pretrain
+from megatron_kvshare.train.profiling import Profiling
 from megatron_kvshare.train.report import Typed
 from megatron_kvshare.train.saving import save
 from megatron_kvshare.train.setup import prepare
@@ -107,7 +108,12 @@ def save_again_and_go_on(state: ParallelState, layout: Layout, flags: list[str])
     run = prepare(RunPlan.of(config_of(layout, flags), state.world_size), state)
     save(run, last=True)
     log = Log()
-    train(run, Metrics([log], run.config.train.train_iters, 1.0, 1.0), StopWish(None))
+    train(
+        run,
+        Metrics([log], run.config.train.train_iters, 1.0, 1.0),
+        StopWish(None),
+        Profiling(run.config, run.state),
+    )
     return log.records
 
 

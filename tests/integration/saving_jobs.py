@@ -18,6 +18,7 @@ from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.agreement import StopWish
 from megatron_kvshare.train.loop import train
 from megatron_kvshare.train.metrics import Metrics
+from megatron_kvshare.train.profiling import Profiling
 from megatron_kvshare.train.setup import prepare
 from megatron_kvshare.train.sinks import Record
 from tests.distributed.world import PATIENCE_SECONDS, Layout
@@ -62,7 +63,12 @@ def train_on_while_saving(
     gate = Gate(step)
     run = prepare(RunPlan.of(config_of(layout, flags), state.world_size), state)
     with writing(gate.pass_through):
-        train(run, Metrics([gate], run.config.train.train_iters, 1.0, 1.0), StopWish(None))
+        train(
+            run,
+            Metrics([gate], run.config.train.train_iters, 1.0, 1.0),
+            StopWish(None),
+            Profiling(run.config, run.state),
+        )
     run.saver.close()
     return gate.records
 

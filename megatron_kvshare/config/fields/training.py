@@ -73,6 +73,9 @@ class TrainConfig:
     divergence_policy: Literal["warn", "stop"] = "warn"
     """A run that diverges (gradient norm, loss) warns and goes on, or is saved and stopped, with
     exit code 3."""
+    deterministic_mode: bool = False
+    """Take only algorithms that give the same bits every time on a GPU; slower there, see
+    docs/gpu.md."""
     exit_interval: Count | None = None
     """Save and stop at the next step that is a multiple of this."""
     exit_duration_in_mins: Minutes | None = None
@@ -143,6 +146,19 @@ class LogConfig:
     """offline needs no network; upload later with `wandb sync`. Left out: what WANDB_MODE in the
     environment says, else online."""
     peak_tflops: Positive | None = None
-    """Peak TFLOP/s of one device for MFU; left out: measured with a matrix product."""
+    """Peak TFLOP/s of one device for MFU; left out: the datasheet's of a card that is known, else
+    measured with a matrix product. The log says which."""
     log_kv_residual: bool = True
     """Cyclic maps: log how far the shared KV still moves in the last sweep."""
+    profile: bool = False
+    """Profile some steps. On a GPU under `nsys profile --capture-range=cudaProfilerApi ...`, or
+    anywhere with --use-pytorch-profiler."""
+    use_pytorch_profiler: bool = False
+    """--profile by torch: Chrome traces, in --tensorboard-dir if given, else in profile/ beside the
+    checkpoints."""
+    profile_step_start: Count = 10
+    """First step to profile."""
+    profile_step_end: Count = 12
+    """Step before which the profile ends."""
+    profile_ranks: tuple[Index, ...] = (0,)
+    """Ranks to profile."""

@@ -28,6 +28,49 @@ def batch_fits(config: PretrainConfig) -> Iterator[Fault]:
         )
 
 
+@rule("profile profile_step_start profile_step_end train_iters")
+def profile_fits(config: PretrainConfig) -> Iterator[Fault]:
+    """There are steps to profile."""
+    log, last = config.log, config.train.train_iters
+    start, end = log.profile_step_start, log.profile_step_end
+    if not log.profile:
+        return
+    if start > last:
+        fix = f"use --profile-step-start {max(last - 1, 1)} --profile-step-end {last + 1}"
+        yield Fault("--profile-step-start", start, f"the run ends with step {last}", fix)
+    elif end <= start:
+        fix = f"use --profile-step-end {start + 2}"
+        yield Fault(
+            "--profile-step-end", end, f"it must be above --profile-step-start {start}", fix
+        )
+
+
+@rule("profile use_pytorch_profiler")
+def profiler_is_asked_for(config: PretrainConfig) -> Iterator[Fault]:
+    """torch's profiler is a kind of profile."""
+    if config.log.use_pytorch_profiler and not config.log.profile:
+        rule_text = "it says how --profile profiles"
+        yield Fault("--use-pytorch-profiler", "given", rule_text, "add --profile")
+
+
+_DETERMINISTIC = {
+    "NCCL_ALGO": ("Tree", "Ring", "CollnetDirect", "CollnetChain", "^NVLS"),
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+}
+"""Values under which these libraries add in one order. Left out, the first of CUBLAS's and Ring are
+set, see ``megatron_api/platform.py``."""
+
+
+@rule("deterministic_mode")
+def environment_is_deterministic(config: PretrainConfig) -> Iterator[Fault]:
+    """What the environment says does not contradict --deterministic-mode."""
+    for name, values in _DETERMINISTIC.items():
+        value = os.environ.get(name)
+        if config.train.deterministic_mode and value is not None and value not in values:
+            rule_text = f"under --deterministic-mode it is one of {', '.join(values)}"
+            yield Fault(f"environment variable {name}", value, rule_text, f"unset {name}")
+
+
 @rule("lr min_lr")
 def learning_rates_are_ordered(config: PretrainConfig) -> Iterator[Fault]:
     """The schedule goes down, not up."""
@@ -293,6 +336,9 @@ def world_size_faults(config: PretrainConfig, world_size: int) -> Iterator[Fault
 
 RUN_RULES = (
     batch_fits,
+    profile_fits,
+    profiler_is_asked_for,
+    environment_is_deterministic,
     learning_rates_are_ordered,
     warmup_fits,
     wsd_fits,

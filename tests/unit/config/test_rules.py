@@ -264,3 +264,35 @@ def test_warnings():
     assert "--lr-wsd-decay-iters has no effect" in warned("--lr-wsd-decay-iters 8")
     assert "nothing will be saved" in warned("")
     assert warned("--save runs/x") == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--profile --use-pytorch-profiler --train-iters 5", "--profile-step-start"),
+        ("--profile --profile-step-start 4 --profile-step-end 4", "--profile-step-end"),
+        ("--use-pytorch-profiler", "--use-pytorch-profiler"),
+    ],
+)
+def test_there_is_something_to_profile(flags: str, says: str) -> None:
+    (fault,) = faults(flags)
+    assert fault.startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fits"),
+    [
+        ("NCCL_ALGO", "Ring", True),
+        ("NCCL_ALGO", "NVLS", False),
+        ("CUBLAS_WORKSPACE_CONFIG", ":16:8", True),
+        ("CUBLAS_WORKSPACE_CONFIG", ":0:0", False),
+    ],
+)
+def test_deterministic_mode_and_the_environment(name, value, fits, monkeypatch) -> None:
+    monkeypatch.setenv(name, value)
+    check("")
+    if fits:
+        check("--deterministic-mode")
+        return
+    (fault,) = faults("--deterministic-mode")
+    assert name in fault and f"unset {name}" in fault
