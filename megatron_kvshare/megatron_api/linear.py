@@ -8,6 +8,7 @@ and one pass over the buffer for every use of the weight, and under bf16 the rou
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +34,19 @@ def _adds(weight: torch.nn.Parameter) -> bool:
     """Whether there is a product of the weight's type that adds to its buffer."""
     if weight.dtype == weight.main_grad.dtype:  # type: ignore[attr-defined]
         return True
-    return weight.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()
+    return adds_in_fp32(weight.dtype, weight.device)
+
+
+@cache
+def adds_in_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch adds a product of such matrices to one in fp32: new versions do for 16-bit
+    types on GPUs, older ones refuse the sum or the argument. Tries it, once."""
+    ones, out = (torch.ones(16, 16, dtype=kind, device=device) for kind in (dtype, torch.float32))
+    try:
+        torch.addmm(out, ones, ones, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((out == 17).all())
 
 
 def gradient_target(
@@ -86,10 +99,13 @@ class _LinearIntoBuffer(torch.autograd.Function):
 
 
 def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``out += a @ b`` in fp32, whatever the type of ``a`` and ``b``."""
+    """``out += a @ b``, added in fp32 whatever the type of ``a`` and ``b``; their product is rounded
+    to that type only on a GPU whose torch can do no better."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.is_cuda:
+    elif adds_in_fp32(a.dtype, a.device):
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif a.is_cuda:
+        out.add_(torch.mm(a, b))
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megatron_kvshare.config import ParallelConfig
 from megatron_kvshare.megatron_api import loss
-from megatron_kvshare.megatron_api.linear import add_product_
+from megatron_kvshare.megatron_api.linear import add_product_, adds_in_fp32
 from megatron_kvshare.megatron_api.optimizer import wrap_data_parallel
 from megatron_kvshare.model.parameters import gather_by_name
 from megatron_kvshare.sharing.map import SharingMap
@@ -120,3 +120,8 @@ def test_products_add_up_in_fp32(dtype):
     out = torch.ones(5, 7)
     add_product_(out, a, b)
     torch.testing.assert_close(out.double(), 1 + a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_no_cpu_adds_16_bit_products_in_fp32():
+    """So autograd adds its gradients; a torch that can one day is asked, not named."""
+    assert not adds_in_fp32(torch.bfloat16, torch.device("cpu"))
