@@ -99,8 +99,8 @@ class _LinearIntoBuffer(torch.autograd.Function):
 
 
 def add_product_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """``out += a @ b``, added in fp32 whatever the type of ``a`` and ``b``; their product is rounded
-    to that type only on a GPU whose torch can do no better."""
+    """``out += a @ b`` in fp32, whatever the type of ``a`` and ``b``. The product is rounded to
+    that type only on a GPU whose torch can do no better."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     elif adds_in_fp32(a.dtype, a.device):

@@ -324,7 +324,8 @@ def test_caches_that_cannot_be_read_are_refused():
     cyclic = exported(top, TINY.weights(top))
     with pytest.raises(ValueError, match="either cache or past_key_values"):
         model(TOKENS, cache=DynamicCache(), past_key_values=DynamicCache())
-    moved, static = DynamicCache(offloading=True), StaticCache(cyclic.config, max_cache_len=20)
+    moved, static = DynamicCache(), StaticCache(cyclic.config, max_cache_len=20)
+    moved.offloading = True  # as its argument says, which asks a CUDA build of torch for a GPU
     for cache, name in ((moved, "DynamicCache with offloading"), (static, "StaticCache")):
         with pytest.raises(ValueError, match=f"{name} cannot serve a map"):
             cyclic(TOKENS, past_key_values=cache)

@@ -98,7 +98,7 @@ def test_forward_and_backward_run_outside_the_mode(single, monkeypatch):
     def watched(self, *arguments, **named):
         output = plain(self, *arguments, **named)
         seen.append(type_of_a_tensor())
-        output.value.register_hook(lambda _: seen.append(type_of_a_tensor()))
+        output.loss.register_hook(lambda _: seen.append(type_of_a_tensor()))
         return output
 
     monkeypatch.setattr(KVShareGPT, "forward", watched)
