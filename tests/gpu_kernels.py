@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_kvshare.model import kernels
+from megatron_kvshare.kernels import choice, flash
 
 TILE = 128
 HALF = (torch.bfloat16, torch.float16)
@@ -39,9 +39,10 @@ def on_gpu_route() -> Iterator[Log]:
     take, and the stand-ins are the kernels there."""
     log = Log()
     with (
-        mock.patch.object(kernels, "on_gpu", lambda device: True),
-        mock.patch.object(kernels, "compute_capability", lambda device: (9, 0)),
-        mock.patch.object(kernels, "ops", FlashOperators(log)),
+        mock.patch.object(choice, "on_gpu", lambda device: True),
+        mock.patch.object(choice, "compute_capability", lambda device: (9, 0)),
+        mock.patch.object(choice, "compile_fault", lambda: "stand-ins are not compiled"),
+        mock.patch.object(flash, "ops", FlashOperators(log)),
         mock.patch.object(F, "scaled_dot_product_attention", FrontEnd(log)),
     ):
         yield log

@@ -160,6 +160,7 @@ def native_model(spec: ModelSpec, source: TensorSource, state: ParallelState) ->
 
 def whole_model(spec: ModelSpec, source: TensorSource, state: ParallelState) -> KVShareGPT:
     """The same in fp32, for scoring."""
+    # Texts of any length: compiling for them would cost more than it gains.
     plain = {"bf16": False, "recompute_granularity": None, "transformer_impl": "local"}
-    model = replace(spec.model, **plain)
+    model = replace(spec.model, no_compile=True, **plain)
     return native_model(replace(spec, model=model), source, state).eval()

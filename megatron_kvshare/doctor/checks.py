@@ -8,6 +8,8 @@ import os
 import platform
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +205,54 @@ def check_gpus() -> Finding:
     )
 
 
+COMPILE_SECONDS = 120
+_TINY_KERNEL = """
+import torch
+x = torch.arange(256.0, device="cuda")
+assert torch.equal(torch.compile(lambda x: x * 2 + 1)(x), x * 2 + 1)
+"""
+
+
+def check_compilation() -> Finding | None:
+    """Whether a GPU's fused kernels can be compiled: by compiling one, in a process of its own that
+    may hang or die. None without a GPU: nothing is compiled there."""
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        from megatron_kvshare.kernels.compiling import compile_fault
+
+        fault = compile_fault() or _fault_of_process(_TINY_KERNEL, COMPILE_SECONDS)
+    except Exception:  # a broken torch is reported by its own finding
+        return None
+    return Finding(
+        section="devices",
+        name="torch.compile",
+        state="wrong" if fault else "ok",
+        found=fault or "a kernel was compiled and run",
+        detail="fused norms, SwiGLU, rotation and attention of token subsets; without it training"
+        " is slower",
+        next_step="install a C compiler, Python's headers and the Triton that belongs to torch, or"
+        " train with --no-compile"
+        if fault
+        else "",
+    )
+
+
+def _fault_of_process(program: str, seconds: float) -> str | None:
+    """What a Python program fails with, in its last line; None where it ends well."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return f"a tiny kernel was not compiled in {seconds:.0f} s"
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
 def package_folders(name: str) -> list[Path]:
     """Where a top-level package lies, without importing it; empty when it is not there."""
     spec = importlib.util.find_spec(name)
@@ -252,4 +302,12 @@ def check_gpu_extras() -> Iterator[Finding]:
 
 def all_findings() -> list[Finding]:
     """Run every check, in the order of the report."""
-    return [check_python(), *check_packages(), *check_cpu(), check_gpus(), *check_gpu_extras()]
+    compilation = check_compilation()
+    return [
+        check_python(),
+        *check_packages(),
+        *check_cpu(),
+        check_gpus(),
+        *([] if compilation is None else [compilation]),
+        *check_gpu_extras(),
+    ]

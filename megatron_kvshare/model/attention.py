@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron_kvshare.kernels.heads import Heads, split_heads
 from megatron_kvshare.megatron_api.layers import TransformerConfig, gather_last_dim
 from megatron_kvshare.model.context import VisitContext
 from megatron_kvshare.model.core_attention import attend
@@ -13,7 +14,6 @@ from megatron_kvshare.model.kv import KV
 from megatron_kvshare.model.kv_view import KVView
 from megatron_kvshare.model.modules import LayerSpec
 from megatron_kvshare.model.recompute import recomputed
-from megatron_kvshare.model.rotary import Heads, split_heads
 
 
 class SharedKVAttention(nn.Module):
@@ -69,7 +69,7 @@ class SharedKVAttention(nn.Module):
         heads, queries = self.heads, Heads(self.heads.local_query_heads, rotated=True)
         if self.is_producer and not heads.kv_heads_are_split:
             parts = (queries, *heads.kv_parts)
-            query, key, value = split_heads(projected, heads.head_dim, parts, context.rotary)
+            query, key, value = self._split(projected, parts, context)
             return query, KV(key, value)
         own = None
         if self.is_producer:
@@ -80,14 +80,20 @@ class SharedKVAttention(nn.Module):
 
     def _query_of(self, projected: torch.Tensor, context: VisitContext) -> torch.Tensor:
         queries = (Heads(self.heads.local_query_heads, rotated=True),)
-        return split_heads(projected, self.heads.head_dim, queries, context.rotary)[0]
+        return self._split(projected, queries, context)[0]
 
     def _kv_of(self, key_values: torch.Tensor, context: VisitContext) -> KV:
         """This rank's key and value columns -> the KV heads its queries read, keys rotated."""
         heads = self.heads
         if heads.kv_heads_are_split:
             key_values = whole_head(key_values, heads)
-        return KV(*split_heads(key_values, heads.head_dim, heads.kv_parts, context.rotary))
+        return KV(*self._split(key_values, heads.kv_parts, context))
+
+    def _split(
+        self, projected: torch.Tensor, parts: tuple[Heads, ...], context: VisitContext
+    ) -> tuple[torch.Tensor, ...]:
+        compile_wanted = not context.spec.model.no_compile
+        return split_heads(projected, self.heads.head_dim, parts, context.rotary, compile_wanted)
 
 
 def whole_head(key_values: torch.Tensor, heads: HeadLayout) -> torch.Tensor:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_kvshare.model.kernels import CausalKernel, causal_kernel
+from megatron_kvshare.kernels.choice import causal_kernel
+from megatron_kvshare.kernels.flash import CausalKernel
 
 Tensor = torch.Tensor
 

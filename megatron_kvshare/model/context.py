@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_kvshare.model.kernels import causal_kernel
+from megatron_kvshare.kernels.choice import causal_kernel
 from megatron_kvshare.model.rotary import Rotary, rotary
 from megatron_kvshare.model.visibility import SequenceLayout, Visibility
 from megatron_kvshare.sharing.plan import subset_length

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_kvshare.model import kernels
+from megatron_kvshare.kernels import choice
 from megatron_kvshare.model.block_attention import attend_blocks
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.visibility import Visibility
@@ -27,7 +27,7 @@ def attend(query: torch.Tensor, source: KV | KVBlocks, visible: Visibility) -> t
         return _MergeHeads.apply(_masked(q, k, v, visible))
     if visible.strict:
         q, k, v = q[:, :, 1:], k[:, :, :-1], v[:, :, :-1]
-    if kernels.on_gpu(q.device) and q.dtype == torch.float32:
+    if choice.on_gpu(q.device) and q.dtype == torch.float32:
         k, v = _one_head_per_query(q, k, v)  # flash takes no fp32, its fp32 stand-in no groups
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -67,7 +67,7 @@ def _one_head_per_query(
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: Visibility) -> torch.Tensor:
-    if kernels.on_gpu(q.device) or not visible.grouped:
+    if choice.on_gpu(q.device) or not visible.grouped:
         k, v = _one_head_per_query(q, k, v)  # the masked GPU kernels take no grouped heads
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask, enable_gqa=grouped)

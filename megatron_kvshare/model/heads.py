@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_kvshare.config import ModelConfig
-from megatron_kvshare.model.rotary import Heads
+from megatron_kvshare.kernels.heads import Heads
 
 
 @dataclass(frozen=True)

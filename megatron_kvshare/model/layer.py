@@ -12,7 +12,7 @@ from megatron_kvshare.model.context import VisitContext
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.model.kv import KV
 from megatron_kvshare.model.kv_view import KVView
-from megatron_kvshare.model.modules import SwiGLU, build_norm, layer_spec
+from megatron_kvshare.model.modules import SwiGLU, add_and_norm, build_norm, layer_spec
 
 
 class KVShareLayer(nn.Module):
@@ -27,7 +27,7 @@ class KVShareLayer(nn.Module):
         config: TransformerConfig,
     ) -> None:
         super().__init__()
-        spec = layer_spec(model.transformer_impl)
+        spec = layer_spec(model)
         self.input_layernorm = build_norm(model, config)
         recompute_core = model.recompute_granularity == "selective"
         self.self_attention = SharedKVAttention(
@@ -39,7 +39,7 @@ class KVShareLayer(nn.Module):
     def forward(self, hidden: torch.Tensor, view: KVView) -> tuple[torch.Tensor, KVView]:
         """Hidden states and the keys and values known so far -> both, after this layer."""
         attended, view = self.self_attention(self.input_layernorm(hidden), view)
-        return self.feed_forward(hidden + attended), view
+        return self._after_attention(hidden, attended), view
 
     def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer without attention: what it does while there is nothing to attend to."""
@@ -52,4 +52,8 @@ class KVShareLayer(nn.Module):
     def read_own(self, hidden: torch.Tensor, view: KVView) -> torch.Tensor:
         """The rest of the layer, when its keys and values are there already."""
         attended = self.self_attention.read_own(self.input_layernorm(hidden), view)
-        return self.feed_forward(hidden + attended)
+        return self._after_attention(hidden, attended)
+
+    def _after_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        hidden, normed = add_and_norm(self.post_attention_layernorm, hidden, attended)
+        return hidden + self.mlp(normed)

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron_kvshare.config import ModelConfig
 from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.kernels.gated_silu import gated_silu
+from megatron_kvshare.kernels.norm import add_rms_norm, rms_norm
 from megatron_kvshare.megatron_api import layers, transformer_engine
 from megatron_kvshare.megatron_api.layers import TransformerConfig
-from megatron_kvshare.model import kernels
 
 
 class RMSNorm(nn.Module):
@@ -27,69 +27,69 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(
-        self, size: int, epsilon: float, dtype: torch.dtype, sequence_parallel: bool
+        self,
+        size: int,
+        epsilon: float,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+        compile_wanted: bool,
     ) -> None:
         super().__init__()
+        self.compile_wanted = compile_wanted
         self.epsilon = epsilon
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if kernels.on_gpu(x.device):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
-        return _CpuRMSNorm.apply(x, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.epsilon, self.compile_wanted)
+
+    def of_sum(self, x: torch.Tensor, more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x + more``, and its norm."""
+        return add_rms_norm(x, more, self.weight, self.epsilon, self.compile_wanted)
 
 
-class _CpuRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.float()
-        mean_square = torch.linalg.vecdot(wide, wide).div_(x.shape[-1])
-        scale = mean_square.add_(epsilon).rsqrt_().unsqueeze(-1)
-        normed = wide * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return (normed * weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        normed, scale, weight = ctx.saved_tensors
-        wide = grad.float()
-        grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_normed = wide * weight
-        mean = torch.linalg.vecdot(grad_normed, normed).div_(normed.shape[-1]).unsqueeze(-1)
-        grad_x = torch.addcmul(grad_normed, normed, mean, value=-1).mul_(scale)
-        return grad_x.to(grad.dtype), grad_weight, None
+def add_and_norm(
+    norm: nn.Module, x: torch.Tensor, more: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x + more``, and what ``norm``, of either implementation, makes of it."""
+    if isinstance(norm, RMSNorm):
+        return norm.of_sum(x, more)
+    total = x + more
+    return total, norm(total)
 
 
 @dataclass(frozen=True)
 class LayerSpec:
     """Constructors: ``column`` and ``row`` take (input, output, config), ``norm`` as
-    :class:`RMSNorm`."""
+    :class:`RMSNorm` but for ``compile_wanted``: whether to compile what is between them."""
 
     column: Callable[..., nn.Module]
     row: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
+    compile_wanted: bool
 
 
-def layer_spec(transformer_impl: str) -> LayerSpec:
-    if transformer_impl == "local":
-        return LayerSpec(layers.ColumnParallel, layers.RowParallel, RMSNorm)
+def layer_spec(model: ModelConfig) -> LayerSpec:
+    compile_wanted = not model.no_compile
+    if model.transformer_impl == "local":
+        norm = partial(RMSNorm, compile_wanted=compile_wanted)
+        return LayerSpec(layers.ColumnParallel, layers.RowParallel, norm, compile_wanted)
     if not transformer_engine.is_available():
         raise ConfigError(
             Fault(
                 "--transformer-impl",
-                transformer_impl,
+                model.transformer_impl,
                 "Transformer Engine cannot be imported here",
                 "install transformer-engine[pytorch] on a GPU machine, or use local layers",
             )
         )
     parts = transformer_engine.load_layers()
-    return LayerSpec(parts.column, parts.row, parts.norm)
+    return LayerSpec(parts.column, parts.row, parts.norm, compile_wanted)
 
 
 def build_norm(model: ModelConfig, config: TransformerConfig) -> nn.Module:
     """The norm over hidden states, as every layer has two and the last stage a final one."""
-    return layer_spec(model.transformer_impl).norm(
+    return layer_spec(model).norm(
         config.hidden_size, model.norm_epsilon, config.params_dtype, config.sequence_parallel
     )
 
@@ -99,30 +99,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, spec: LayerSpec, config: TransformerConfig) -> None:
         super().__init__()
+        self.compile_wanted = spec.compile_wanted
         self.linear_fc1 = spec.column(config.hidden_size, 2 * config.ffn_hidden_size, config)
         self.linear_fc2 = spec.row(config.ffn_hidden_size, config.hidden_size, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_fc2(_GatedSiLU.apply(self.linear_fc1(x)))
-
-
-class _GatedSiLU(torch.autograd.Function):
-    """``[.., gate | up] -> silu(gate) * up``; backward writes both gradients into one tensor,
-    uncopied."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.mul(grad, up, out=grad_gate)
-        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        return out
+        return self.linear_fc2(gated_silu(self.linear_fc1(x), self.compile_wanted))

@@ -20,6 +20,7 @@ from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
 from megatron_kvshare.engines import build_engine
 from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.kernels.compiling import compile_fault
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 from megatron_kvshare.model.gpt import build_stages
 from megatron_kvshare.model.parameters import initialize
@@ -70,6 +71,7 @@ def prepare(
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
     warn(state, *_schedule_changes(config, found))
+    warn(state, *_slower(config.model.no_compile, state))
     pulse.beat(BUILDING)
     stages = build_stages(
         spec, config.parallel, planned.plan, planned.placement.stages_of(state.pp_rank), state
@@ -104,6 +106,16 @@ def _schedule_changes(config: PretrainConfig, found: Found | None) -> list[str]:
         return []
     change = schedule_change(found.manifest.config, config.train, found.progress.step)
     return [] if change is None else [change]
+
+
+def _slower(no_compile: bool, state: ParallelState) -> list[str]:
+    """Whether the GPU's fused kernels cannot be had and plain ones run in their place."""
+    fault = compile_fault() if state.platform.is_gpu and not no_compile else None
+    if fault is None:
+        return []
+    return [
+        f"{fault}, so nothing is compiled and training is slower; --no-compile says it is meant"
+    ]
 
 
 def _check_same_recipe(recipe: Recipe) -> None:

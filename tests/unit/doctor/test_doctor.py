@@ -63,6 +63,43 @@ def test_the_apex_trap(module, state, tmp_path, monkeypatch):
     assert ("pip uninstall apex" in finding.next_step) == (state == "wrong")
 
 
+class TestCompilation:
+    """Whether a GPU's kernels can be compiled; the program is another, for want of a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def a_gpu(self, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("megatron_kvshare.kernels.compiling.compile_fault", lambda: None)
+
+    @pytest.mark.parametrize(
+        ("program", "found"),
+        [
+            ("pass", "a kernel was compiled and run"),
+            ("raise RuntimeError('no Python.h')", "RuntimeError: no Python.h"),
+            ("import os; os._exit(7)", "exit code 7"),
+            ("import time; time.sleep(60)", "a tiny kernel was not compiled in 1 s"),
+        ],
+    )
+    def test_what_a_process_shows(self, program, found, monkeypatch):
+        monkeypatch.setattr(checks, "_TINY_KERNEL", program)
+        monkeypatch.setattr(checks, "COMPILE_SECONDS", 1)
+        finding = checks.check_compilation()
+        assert finding.found == found and not finding.stops_work
+        assert bool(finding.next_step) == (finding.state == "wrong") == (program != "pass")
+
+    def test_what_is_known_without_one(self, monkeypatch):
+        fault = "there is no C compiler"
+        monkeypatch.setattr("megatron_kvshare.kernels.compiling.compile_fault", lambda: fault)
+        finding = checks.check_compilation()
+        assert (finding.state, finding.found) == ("wrong", fault)
+        assert "--no-compile" in finding.next_step
+
+
+def test_without_a_gpu_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert checks.check_compilation() is None
+
+
 def test_the_report_of_this_machine(capsys):
     assert doctor.run([]) == 0
     shown = capsys.readouterr().out

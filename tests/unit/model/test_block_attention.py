@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_kvshare.kernels.choice import causal_kernel
 from megatron_kvshare.model.core_attention import attend
-from megatron_kvshare.model.kernels import causal_kernel
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.visibility import Visibility
 from tests import oracle

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_kvshare.model import kernels
+from megatron_kvshare.kernels import choice
 from megatron_kvshare.model.core_attention import attend
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.visibility import SequenceLayout, Visibility
@@ -96,9 +96,9 @@ def test_all_tokens_and_masks(window, packed, dtype, kv_heads, strict):
 
 def test_old_gpus_have_no_flash(monkeypatch: pytest.MonkeyPatch):
     with on_gpu_route():
-        assert kernels.causal_kernel(CPU, torch.bfloat16, 64) is not None
-        monkeypatch.setattr(kernels, "compute_capability", lambda device: (7, 5))
-        assert kernels.causal_kernel(CPU, torch.bfloat16, 64) is None
+        assert choice.causal_kernel(CPU, torch.bfloat16, 64) is not None
+        monkeypatch.setattr(choice, "compute_capability", lambda device: (7, 5))
+        assert choice.causal_kernel(CPU, torch.bfloat16, 64) is None
 
 
 class TestStandIn:

@@ -1,9 +1,10 @@
 """Attention kernels that are called below torch's front end, and the contract of each.
 
 ``scaled_dot_product_attention`` checks, pads and copies before it calls a kernel; whoever calls one
-directly has to. What a kernel demands is stated here and nowhere else, and :func:`causal_kernel`
-returns only what keeps it. ``tests/gpu_kernels.py`` holds stand-ins that read memory as literally
-as the CUDA kernels do, so that a machine without a GPU runs the whole GPU route.
+directly has to. What a kernel demands is stated here and nowhere else, and
+:func:`megatron_kvshare.kernels.choice.causal_kernel` returns only what keeps it.
+``tests/gpu_kernels.py`` holds stand-ins that read memory as literally as the CUDA kernels do, so
+that a machine without a GPU runs the whole GPU route.
 
 ========== ======================================== ==============================================
 contract   CUDA: FlashAttention 2 in torch          CPU: flash attention in torch
@@ -51,26 +52,6 @@ class CausalKernel(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def on_gpu(device: torch.device) -> bool:
-    """Whether tensors of ``device`` take the GPU's kernels: the one place that decides."""
-    return device.type == "cuda"
-
-
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Generation of a GPU, for example (9, 0) for an H100."""
-    return torch.cuda.get_device_capability(device)
-
-
-def causal_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> CausalKernel | None:
-    """The kernel for such tensors, or None where none can serve and a mask has to."""
-    if not on_gpu(device):
-        return _CPU
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    if is_half and head_dim % 8 == 0 and head_dim <= 256 and compute_capability(device) >= (8, 0):
-        return _CUDA
-    return None
-
-
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     _require_square(q, k)
     return ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
@@ -110,5 +91,5 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_CPU = CausalKernel(_cpu_forward, _cpu_backward)
-_CUDA = CausalKernel(_cuda_forward, _cuda_backward)
+CPU = CausalKernel(_cpu_forward, _cpu_backward)
+CUDA = CausalKernel(_cuda_forward, _cuda_backward)
