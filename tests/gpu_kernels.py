@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_kvshare.kernels import choice, flash
+from megatron_kvshare.model import context, core_attention
 
 TILE = 128
 HALF = (torch.bfloat16, torch.float16)
@@ -30,7 +31,7 @@ _cpu_attention = F.scaled_dot_product_attention
 
 class Log(Counter):
     """Calls by name: flash_forward, flash_backward, sliced (log-sum-exps that are no whole block of
-    memory), causal, masked."""
+    memory), causal, masked, one_kernel."""
 
 
 @contextlib.contextmanager
@@ -46,6 +47,35 @@ def on_gpu_route() -> Iterator[Log]:
         mock.patch.object(F, "scaled_dot_product_attention", FrontEnd(log)),
     ):
         yield log
+
+
+@contextlib.contextmanager
+def on_one_kernel_route() -> Iterator[Log]:
+    """The same where kernels can be compiled: a subset reads all keys at once. In place of
+    FlexAttention, which has no backward on a CPU, its mask is written out."""
+    with (
+        on_gpu_route() as log,
+        mock.patch.object(context, "has_subset_kernel", lambda *kind, compile_wanted: True),
+        mock.patch.object(core_attention, "attend_subset", DenseSubset(log)),
+    ):
+        yield log
+
+
+class DenseSubset:
+    """FlexAttention as its documentation has it, in fp32: all scores, each asked for."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def __call__(self, query, key, value, mask):
+        self.log["one_kernel"] += 1
+        assert mask.seq_lengths == (query.shape[2], key.shape[2])
+        row, column = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
+        seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), row, column)
+        q, k, v = (x.float() for x in (query, *grouped(query, key, value)))
+        scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+        weights = scores.masked_fill(~seen.any(-1, keepdim=True), 0.0).softmax(-1)
+        return (weights.masked_fill(~seen, 0.0) @ v).to(query.dtype)
 
 
 class FlashOperators:

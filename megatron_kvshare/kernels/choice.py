@@ -24,6 +24,16 @@ def is_compiled(device: torch.device, wanted: bool) -> bool:
     return wanted and on_gpu(device) and compile_fault() is None
 
 
+def has_subset_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, compile_wanted: bool
+) -> bool:
+    """Whether a token subset's attention is one compiled kernel; else it is one causal kernel for
+    each block of keys, or a mask."""
+    width_fits = head_dim in (16, 32, 64, 128, 256)  # others are padded, or refused by older torch
+    has_blocks = causal_kernel(device, dtype, head_dim) is not None
+    return is_compiled(device, compile_wanted) and has_blocks and width_fits
+
+
 def causal_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> CausalKernel | None:
     """The kernel for such tensors, or None where none can serve and a mask has to."""
     if not on_gpu(device):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_kvshare.kernels.choice import causal_kernel
+from megatron_kvshare.kernels.choice import causal_kernel, has_subset_kernel
+from megatron_kvshare.kernels.subset_attention import subset_mask
 from megatron_kvshare.model.rotary import Rotary, rotary
 from megatron_kvshare.model.visibility import SequenceLayout, Visibility
 from megatron_kvshare.sharing.plan import subset_length
@@ -24,13 +25,16 @@ _Seen = dict[tuple[bool, bool, int], Visibility]
 class VisitContext:
     """For the tokens ``offset::stride`` of every sequence: rotary tables, and what they may see.
 
-    ``layout`` is the whole sequences'. ``_seen`` only remembers what :meth:`visibility` has built.
+    ``layout`` is the whole sequences'. ``blockwise``: a subset reads without a full mask, as
+    ``one_kernel`` or by one for each block of keys. ``_seen`` only remembers what
+    :meth:`visibility` has built.
     """
 
     rotary: Rotary
     spec: ModelSpec
     layout: SequenceLayout
     blockwise: bool
+    one_kernel: bool
     stride: int = 1
     offset: int = 0
     _seen: _Seen = field(default_factory=dict)
@@ -53,7 +57,11 @@ class VisitContext:
             return self.layout.visibility(strict, window)
         full = window is None or window >= self.layout.length
         if self.blockwise and full and self.layout.document_ids is None:
-            return Visibility(strict, offset=self.offset)
+            if not self.one_kernel:
+                return Visibility(strict, offset=self.offset)
+            length, device = self.layout.length, self.layout.device
+            mask = subset_mask(length, self.stride, self.offset, strict, known, device)
+            return Visibility(strict, block_mask=mask)
         subset = replace(
             self.layout,
             query_positions=self._positions(self.offset),
@@ -107,6 +115,8 @@ def sequence_contexts(
     if positions is None:
         positions = torch.arange(layout.length, device=layout.device)
     tables = rotary(positions, spec.model, layout.dtype)
-    whole = VisitContext(tables, spec, layout, blockwise=False)
-    kernel = causal_kernel(layout.device, layout.dtype, spec.model.head_dim)
+    kind = (layout.device, layout.dtype, spec.model.head_dim)
+    one_kernel = has_subset_kernel(*kind, compile_wanted=not spec.model.no_compile)
+    whole = VisitContext(tables, spec, layout, blockwise=False, one_kernel=one_kernel)
+    kernel = causal_kernel(*kind)
     return SequenceContexts(whole, has_block_kernel=kernel is not None)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_kvshare.kernels import choice
+from megatron_kvshare.kernels.subset_attention import attend_subset
 from megatron_kvshare.model.block_attention import attend_blocks
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.visibility import Visibility
@@ -23,6 +24,8 @@ def attend(query: torch.Tensor, source: KV | KVBlocks, visible: Visibility) -> t
     if isinstance(source, KVBlocks):
         return _MergeHeads.apply(_over_blocks(query, source, visible))
     q, k, v = (_heads_first(x) for x in (query, *source))
+    if visible.block_mask is not None:
+        return _MergeHeads.apply(attend_subset(q, k, v, visible.block_mask))
     if visible.mask is not None:
         return _MergeHeads.apply(_masked(q, k, v, visible))
     if visible.strict:

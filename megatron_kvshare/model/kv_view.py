@@ -25,12 +25,14 @@ class KVView:
 
     A layer is given a view and returns the next one, which has what it has made: new keys and
     values are merged here and nowhere else. A view never changes, so a recomputed layer finds what
-    it found at first. ``_arranged`` only remembers what :meth:`readable` has arranged.
+    it found at first. ``_arranged`` only remembers what :meth:`readable` has arranged, ``_joined``
+    the keys and values in group order, which all readers of one kernel share.
     """
 
     known: KVState
     context: VisitContext
     _arranged: dict[tuple[int, bool, bool], Readable] = field(default_factory=dict)
+    _joined: dict[int, KV] = field(default_factory=dict)
 
     @classmethod
     def of_all_tokens(cls, kv: Mapping[int, KV], context: VisitContext) -> KVView:
@@ -50,12 +52,13 @@ class KVView:
     def reading(self, producer: int, blocks: KVBlocks) -> KVView:
         """With ``blocks`` in place of what is known of ``producer``."""
         others = {key: kept for key, kept in self._arranged.items() if key[0] != producer}
-        return KVView({**self.known, producer: blocks}, self.context, others)
+        joined = {key: kept for key, kept in self._joined.items() if key != producer}
+        return KVView({**self.known, producer: blocks}, self.context, others, joined)
 
     def without(self, producer: int) -> KVView:
         """Without the keys and values of ``producer``, which no other layer reads."""
         known = {other: blocks for other, blocks in self.known.items() if other != producer}
-        return KVView(known, self.context, self._arranged)
+        return KVView(known, self.context, self._arranged, self._joined)
 
     def readable(self, layer: int) -> Readable:
         """What the attention of ``layer`` reads; arranged once for all consumers alike."""
@@ -72,5 +75,9 @@ class KVView:
         """As blocks where no mask is needed, else as one tensor."""
         blocks = self.blocks(producer)
         visible = self.context.visibility(layer, len(blocks.known))
+        if visible.block_mask is not None:
+            if producer not in self._joined:
+                self._joined[producer] = blocks.concatenated()
+            return Readable(self._joined[producer], visible)
         as_blocks = self.context.stride > 1 and visible.mask is None
         return Readable(blocks if as_blocks else blocks.concatenated(), visible)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Visibility:
     ``offset``: without a mask, the queries are the tokens ``offset::stride`` of keys in ``stride``
     interleaved blocks. ``grouped``: with a mask, leave it to the kernel that several
     query heads read one KV head (faster on the CPU, other rounding of gradients).
+
+    ``block_mask``: the queries are a token subset, the keys in group order, for one kernel.
     """
 
     strict: bool
@@ -31,6 +34,7 @@ class Visibility:
     blind: torch.Tensor | None = None
     offset: int = 0
     grouped: bool = False
+    block_mask: BlockMask | None = None
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ import pytest
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model import context
 from tests.distributed.world import Layout, World
-from tests.gpu_kernels import Log, on_gpu_route
+from tests.gpu_kernels import Log, on_gpu_route, on_one_kernel_route
 from tests.parity.gpu_cases import (
     CASES,
     CHOICES,
     MASKED,
     Case,
+    Computed,
     compute,
     compute_in_fp32,
     pairs_of,
@@ -83,6 +84,26 @@ def test_short_texts(case: Case, single: ParallelState, monkeypatch: pytest.Monk
     assert_bf16_is_fp32_but_for_rounding(case, single)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=() if c in EVERY_CHANGE else pytest.mark.nightly, id=str(c))
+        for c in CASES
+        if c.reads_blocks
+    ],
+)
+def test_short_texts_in_one_kernel(
+    case: Case, single: ParallelState, monkeypatch: pytest.MonkeyPatch
+):
+    """Where kernels can be compiled, a subset reads all known keys at once."""
+    skip_elsewhere("cpu", single)
+    monkeypatch.setattr(context, "BLOCKWISE_FROM", SHORT)
+    with on_one_kernel_route() as log:
+        got = compute(single, case, bf16=True)
+    assert log["one_kernel"] and not log["flash_forward"]
+    assert_near_fp32(got, case, single)
+
+
 @pytest.mark.parametrize(("case", "device"), PLACES)
 def test_texts_of_real_runs(case: Case, device: str, single: ParallelState):
     skip_elsewhere(device, single)
@@ -93,11 +114,15 @@ def test_texts_of_real_runs(case: Case, device: str, single: ParallelState):
 def assert_bf16_is_fp32_but_for_rounding(case: Case, single: ParallelState) -> None:
     with route(single) as log:
         got = compute(single, case, bf16=True)
+    if log is not None:
+        assert bool(log["flash_backward"]) == case.reads_blocks
+    assert_near_fp32(got, case, single)
+
+
+def assert_near_fp32(got: Computed, case: Case, single: ParallelState) -> None:
     with route(single):
         masked = compute(single, case, bf16=True, masks_only=True)
     expected = compute(single, case, bf16=False, masks_only=True)
-    if log is not None:
-        assert bool(log["flash_backward"]) == case.reads_blocks
     wanted = {"logits": expected.logits, "loss": expected.loss, **expected.gradients}
     differences, of_masks = (
         relative_differences({"logits": x.logits, "loss": x.loss, **x.gradients}, wanted)
