@@ -130,7 +130,9 @@ class Stepper(NamedTuple):
     estimated_bytes: int | None
 
 
-def our_model(case: Case, size: Size, state: parallel.ParallelState) -> Stepper:
+def our_model(
+    case: Case, size: Size, state: parallel.ParallelState, compile_kernels: bool
+) -> Stepper:
     """Through the product's own path, but for weights drawn on the device and tokens drawn here."""
     many = {
         "num-layers": size.layers,
@@ -149,7 +151,8 @@ def our_model(case: Case, size: Size, state: parallel.ParallelState) -> Stepper:
     words = ["--mock-data", "--untie-embeddings-and-output-weights"]
     words += [word for name, value in many.items() for word in (f"--{name}", str(value))]
     device = state.platform.device
-    config = parse_pretrain([*words, *(["--bf16"] if device.type == "cuda" else [])])
+    words += ["--bf16"] if device.type == "cuda" else []
+    config = parse_pretrain([*words, *(["--compile-kernels"] if compile_kernels else [])])
     planned = RunPlan.of(config, 1)
     spec = planned.spec(size.vocabulary, None)
     stages = build_stages(
@@ -253,13 +256,15 @@ def measured(row: Row, model: Stepper, size: Size, device: torch.device, steps: 
         row.busy, row.kinds = trace.busy / trace.seconds, trace.kinds
 
 
-def run_case(case: Case, size: Size, state: parallel.ParallelState, steps: int) -> Row:
+def run_case(
+    case: Case, size: Size, state: parallel.ParallelState, steps: int, compile_kernels: bool
+) -> Row:
     """A row, or what it lacks and why."""
     device = state.platform.device
     row = Row(case.name, case.kv_layers, case.recipe, case.target)
     try:
         if case.pattern:
-            model = our_model(case, size, state)
+            model = our_model(case, size, state, compile_kernels)
         else:
             model = transformers_model(size, device, compiled="compiled" in case.name)
         measured(row, model, size, device, steps)
@@ -363,6 +368,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=180.0, metavar="S", help="seconds in all")
     parser.add_argument("--full", action="store_true", help="more maps and steps; budget 900")
     parser.add_argument("--profile", action="store_true", help="print time by kind of kernel too")
+    parser.add_argument(
+        "--compile-kernels", action="store_true", help="as in kvshare pretrain, for our rows"
+    )
     parser.add_argument("--toy", action="store_true", help="the toy model on a GPU too")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument("--png", type=Path, default=Path("gpu.png"))
@@ -384,6 +392,7 @@ def main() -> None:
         "measured_tflops": measured_tflops(device, dtype),
         "copy_gigabytes_per_second": copy_peak(device),
         "size": size._asdict(),
+        "compile_kernels": words.compile_kernels,
     }
     console.print(
         f"{card['name']}: {card['measured_tflops']:,.4g} TFLOP/s in a product, "
@@ -398,7 +407,8 @@ def main() -> None:
         if rows and begun - started + longest > budget:
             left_out.append(case)
             continue
-        rows.append(run_case(case, size, state, steps=9 if words.full else 5))
+        steps = 9 if words.full else 5
+        rows.append(run_case(case, size, state, steps, words.compile_kernels))
         spent = time.perf_counter() - begun
         longest = max(longest, spent) if case.pattern else longest  # compiling is done once
         console.print(f"  {case.label}: {spent:.0f} s")

@@ -231,10 +231,9 @@ def check_compilation() -> Finding | None:
         name="torch.compile",
         state="wrong" if fault else "ok",
         found=fault or "a kernel was compiled and run",
-        detail="fused norms, SwiGLU, rotation and attention of token subsets; without it training"
-        " is slower",
+        detail="--compile-kernels: fused norms, SwiGLU, rotation and attention of token subsets",
         next_step="install a C compiler, Python's headers and the Triton that belongs to torch, or"
-        " train with --no-compile"
+        " train without --compile-kernels"
         if fault
         else "",
     )

@@ -20,7 +20,7 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 def is_compiled(device: torch.device, wanted: bool) -> bool:
-    """Whether fused operations on ``device`` are compiled; ``wanted``: no ``--no-compile``."""
+    """Whether fused operations on ``device`` are compiled; ``wanted``: by ``--compile-kernels``."""
     return wanted and on_gpu(device) and compile_fault() is None
 
 

@@ -116,7 +116,7 @@ def sequence_contexts(
         positions = torch.arange(layout.length, device=layout.device)
     tables = rotary(positions, spec.model, layout.dtype)
     kind = (layout.device, layout.dtype, spec.model.head_dim)
-    one_kernel = has_subset_kernel(*kind, compile_wanted=not spec.model.no_compile)
+    one_kernel = has_subset_kernel(*kind, compile_wanted=spec.model.compile_kernels)
     whole = VisitContext(tables, spec, layout, blockwise=False, one_kernel=one_kernel)
     kernel = causal_kernel(*kind)
     return SequenceContexts(whole, has_block_kernel=kernel is not None)

@@ -71,7 +71,7 @@ def prepare(
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
     warn(state, *_schedule_changes(config, found))
-    warn(state, *_slower(config.model.no_compile, state))
+    warn(state, *_slower(config.model.compile_kernels, state))
     pulse.beat(BUILDING)
     stages = build_stages(
         spec, config.parallel, planned.plan, planned.placement.stages_of(state.pp_rank), state
@@ -108,14 +108,14 @@ def _schedule_changes(config: PretrainConfig, found: Found | None) -> list[str]:
     return [] if change is None else [change]
 
 
-def _slower(no_compile: bool, state: ParallelState) -> list[str]:
-    """Whether the GPU's fused kernels cannot be had and plain ones run in their place."""
-    fault = compile_fault() if state.platform.is_gpu and not no_compile else None
-    if fault is None:
+def _slower(compile_kernels: bool, state: ParallelState) -> list[str]:
+    """Whether the kernels that were asked for cannot be had and plain ones run in their place."""
+    if not compile_kernels:
         return []
-    return [
-        f"{fault}, so nothing is compiled and training is slower; --no-compile says it is meant"
-    ]
+    if not state.platform.is_gpu:
+        return ["--compile-kernels changes nothing on a CPU"]
+    fault = compile_fault()
+    return [] if fault is None else [f"--compile-kernels: {fault}, so plain kernels run instead"]
 
 
 def _check_same_recipe(recipe: Recipe) -> None:

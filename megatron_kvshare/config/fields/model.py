@@ -67,9 +67,9 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Layers: megatron-core's own with torch SDPA, or Transformer Engine's when it is installed."""
-    no_compile: bool = False
-    """On GPUs, run norms, SwiGLU, rotation and the attention of token subsets without
-    torch.compile; on a CPU nothing is compiled."""
+    compile_kernels: bool = False
+    """On GPUs, run norms, SwiGLU, rotation and the attention of token subsets as kernels that
+    torch.compile makes; on a CPU nothing is compiled. Not run on a GPU yet, so it is asked for."""
     bf16: bool = False
     """Train in bfloat16 with fp32 master weights; left out: fp32."""
     recompute_granularity: Literal["full", "selective"] | None = None
