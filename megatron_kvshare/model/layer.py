@@ -39,11 +39,17 @@ class KVShareLayer(nn.Module):
     def forward(self, hidden: torch.Tensor, view: KVView) -> tuple[torch.Tensor, KVView]:
         """Hidden states and the keys and values known so far -> both, after this layer."""
         attended, view = self.self_attention(self.input_layernorm(hidden), view)
-        return self._after_attention(hidden, attended), view
+        return self.feed_forward(hidden, attended), view
 
-    def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer without attention: what it does while there is nothing to attend to."""
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def feed_forward(
+        self, hidden: torch.Tensor, attended: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer after its attention; without any it does this while there is nothing to attend
+        to."""
+        if attended is None:
+            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        hidden, normed = add_and_norm(self.post_attention_layernorm, hidden, attended)
+        return hidden + self.mlp(normed)
 
     def key_values(self, hidden: torch.Tensor, context: VisitContext) -> KV:
         """The layer's keys and values alone: what a sweep needs of its top layer."""
@@ -52,8 +58,4 @@ class KVShareLayer(nn.Module):
     def read_own(self, hidden: torch.Tensor, view: KVView) -> torch.Tensor:
         """The rest of the layer, when its keys and values are there already."""
         attended = self.self_attention.read_own(self.input_layernorm(hidden), view)
-        return self._after_attention(hidden, attended)
-
-    def _after_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        hidden, normed = add_and_norm(self.post_attention_layernorm, hidden, attended)
-        return hidden + self.mlp(normed)
+        return self.feed_forward(hidden, attended)
