@@ -52,3 +52,8 @@ def changing(x: torch.Tensor, *dims: int) -> torch.Tensor:
     view = x.view_as(x)
     maybe_mark_dynamic(view, dims)
     return view
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """``[.., h]`` -> ``[n, h]``, whose ``n`` differs between calls."""
+    return changing(x.flatten(0, -2), 0)

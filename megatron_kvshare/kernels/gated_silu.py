@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_kvshare.kernels import choice
-from megatron_kvshare.kernels.compiling import changing, compiled
+from megatron_kvshare.kernels.compiling import as_rows, compiled
 
 Tensor = torch.Tensor
 
@@ -44,18 +44,14 @@ class _CompiledGatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        rows = compiled(gated_silu_forward)(_rows(gate_up))
+        rows = compiled(gated_silu_forward)(as_rows(gate_up))
         return rows.unflatten(0, gate_up.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        rows: Tensor = compiled(gated_silu_backward)(_rows(grad), _rows(gate_up))
+        rows: Tensor = compiled(gated_silu_backward)(as_rows(grad), as_rows(gate_up))
         return rows.view(gate_up.shape)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return changing(x.flatten(0, -2), 0)
 
 
 def gated_silu_forward(gate_up: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_kvshare.kernels import choice
-from megatron_kvshare.kernels.compiling import changing, compiled
+from megatron_kvshare.kernels.compiling import as_rows, compiled
 
 Tensor = torch.Tensor
 
@@ -57,14 +57,14 @@ class _CpuNorm(torch.autograd.Function):
 class _CompiledNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        normed, scale = compiled(norm_forward)(_rows(x), weight, epsilon)
+        normed, scale = compiled(norm_forward)(as_rows(x), weight, epsilon)
         ctx.save_for_backward(x, scale, weight)
         return normed.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, weight = ctx.saved_tensors
-        of_x, of_weight = compiled(norm_backward)(_rows(grad), _rows(x), _rows(scale), weight)
+        of_x, of_weight = compiled(norm_backward)(as_rows(grad), as_rows(x), as_rows(scale), weight)
         return of_x.view(x.shape), of_weight, None
 
 
@@ -73,7 +73,9 @@ class _CompiledAddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, more: Tensor, weight: Tensor, epsilon: float
     ) -> tuple[Tensor, Tensor]:
-        total, normed, scale = compiled(add_norm_forward)(_rows(x), _rows(more), weight, epsilon)
+        total, normed, scale = compiled(add_norm_forward)(
+            as_rows(x), as_rows(more), weight, epsilon
+        )
         total = total.view(x.shape)
         ctx.save_for_backward(total, scale, weight)
         return total, normed.view(x.shape)
@@ -81,14 +83,10 @@ class _CompiledAddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         total, scale, weight = ctx.saved_tensors
-        rows = (_rows(each) for each in (grad_total, grad, total, scale))
+        rows = (as_rows(each) for each in (grad_total, grad, total, scale))
         of_total, of_weight = compiled(add_norm_backward)(*rows, weight)
         of_total = of_total.view(total.shape)
         return of_total, of_total, of_weight, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return changing(x.flatten(0, -2), 0)
 
 
 def norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
