@@ -118,7 +118,7 @@ def as_data(spec: ModelSpec, plan: ExecutionPlan) -> dict[str, Any]:
         "vocab_size": shape.vocab_size,
         "kv_bytes_per_element": cost.KV_BYTES_PER_ELEMENT,
         **asdict(cost.costs(shape, plan)),
-        "parameters_by_component": parameters_by_component(shape, plan.map),
+        "parameters_by_part": parameters_by_component(shape, plan.map),
     }
 
 

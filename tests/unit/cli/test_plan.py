@@ -23,6 +23,7 @@ def plan_json(capsys: Capture, *flags: str) -> dict[str, Any]:
 def test_json_of_the_main_map(capsys: Capture) -> None:
     flags = "--num-layers 22 --kv-pattern sandwich-top --kv-layers 11 --num-query-groups 4"
     found = plan_json(capsys, *flags.split(), "--kv-recipe", "paper")
+    assert sum(found["parameters_by_part"].values()) == found["parameters"]
     assert found["kv_map"] == [*range(5), *[16] * 12, *range(17, 22)]
     assert found["kv_layers"] == 11
     assert found["cyclic_groups"] == [[5, 16]]
