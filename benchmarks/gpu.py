@@ -130,10 +130,8 @@ class Stepper(NamedTuple):
     estimated_bytes: int | None
 
 
-def our_model(
-    case: Case, size: Size, state: parallel.ParallelState, compile_kernels: bool
-) -> Stepper:
-    """Through the product's own path, but for weights drawn on the device and tokens drawn here."""
+def planned_run(case: Case, size: Size, *more: str) -> RunPlan:
+    """What the settings of a row come to; ``more``: further flags."""
     many = {
         "num-layers": size.layers,
         "hidden-size": size.hidden,
@@ -150,10 +148,18 @@ def our_model(
     }
     words = ["--mock-data", "--untie-embeddings-and-output-weights"]
     words += [word for name, value in many.items() for word in (f"--{name}", str(value))]
+    return RunPlan.of(parse_pretrain([*words, *more]), 1)
+
+
+def our_model(
+    case: Case, size: Size, state: parallel.ParallelState, compile_kernels: bool
+) -> Stepper:
+    """Through the product's own path, but for weights drawn on the device and tokens drawn here."""
     device = state.platform.device
-    words += ["--bf16"] if device.type == "cuda" else []
-    config = parse_pretrain([*words, *(["--compile-kernels"] if compile_kernels else [])])
-    planned = RunPlan.of(config, 1)
+    kind = ["--bf16"] if device.type == "cuda" else []
+    kind += ["--compile-kernels"] if compile_kernels else []
+    planned = planned_run(case, size, *kind)
+    config = planned.config
     spec = planned.spec(size.vocabulary, None)
     stages = build_stages(
         spec, config.parallel, planned.plan, planned.placement.stages_of(0), state
@@ -209,15 +215,7 @@ def transformers_model(size: Size, device: torch.device, compiled: bool) -> Step
         optimizer.step()
         return float(loss.detach())
 
-    planned = parse_pretrain(
-        [
-            *("--mock-data", "--vocab-size", str(size.vocabulary), "--kv-pattern", "standard"),
-            *("--num-layers", str(size.layers), "--hidden-size", str(size.hidden)),
-            *("--ffn-hidden-size", str(size.ffn), "--seq-length", str(size.length)),
-            *("--num-attention-heads", str(size.heads), "--num-query-groups", str(size.kv_heads)),
-        ]
-    )
-    plan = RunPlan.of(planned, 1)
+    plan = planned_run(Case("standard", "standard"), size)
     flops = train_flops_per_token(plan.spec(size.vocabulary, None).shape, plan.plan)
     return Stepper(step, flops, None)
 
