@@ -36,6 +36,7 @@ from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.model.gpt import build_stages
 from megatron_kvshare.pipeline.runner import Pass
 from megatron_kvshare.spec.run_plan import RunPlan
+from megatron_kvshare.train.compiled_kernels import with_sound_kernels
 from megatron_kvshare.train.peaks import datasheet_tflops, measured_tflops
 
 GIB = 2**30
@@ -152,15 +153,16 @@ def planned_run(case: Case, size: Size, *more: str) -> RunPlan:
 
 
 def our_model(
-    case: Case, size: Size, state: parallel.ParallelState, compile_kernels: bool
+    case: Case, size: Size, state: parallel.ParallelState, flags: Sequence[str]
 ) -> Stepper:
     """Through the product's own path, but for weights drawn on the device and tokens drawn here."""
     device = state.platform.device
     kind = ["--bf16"] if device.type == "cuda" else []
-    kind += ["--compile-kernels"] if compile_kernels else []
-    planned = planned_run(case, size, *kind)
+    planned = planned_run(case, size, *kind, *flags)
     config = planned.config
-    spec = planned.spec(size.vocabulary, None)
+    spec = with_sound_kernels(
+        planned.spec(size.vocabulary, None), planned.plan, size.sequences, state
+    )
     stages = build_stages(
         spec, config.parallel, planned.plan, planned.placement.stages_of(0), state
     )
@@ -255,14 +257,14 @@ def measured(row: Row, model: Stepper, size: Size, device: torch.device, steps: 
 
 
 def run_case(
-    case: Case, size: Size, state: parallel.ParallelState, steps: int, compile_kernels: bool
+    case: Case, size: Size, state: parallel.ParallelState, steps: int, flags: Sequence[str]
 ) -> Row:
     """A row, or what it lacks and why."""
     device = state.platform.device
     row = Row(case.name, case.kv_layers, case.recipe, case.target)
     try:
         if case.pattern:
-            model = our_model(case, size, state, compile_kernels)
+            model = our_model(case, size, state, flags)
         else:
             model = transformers_model(size, device, compiled="compiled" in case.name)
         measured(row, model, size, device, steps)
@@ -366,13 +368,14 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=180.0, metavar="S", help="seconds in all")
     parser.add_argument("--full", action="store_true", help="more maps and steps; budget 900")
     parser.add_argument("--profile", action="store_true", help="print time by kind of kernel too")
-    parser.add_argument(
-        "--compile-kernels", action="store_true", help="as in kvshare pretrain, for our rows"
-    )
+    parser.add_argument("--no-compile", action="store_true", help="as in kvshare pretrain")
+    parser.add_argument("--no-flex-attention", action="store_true", help="as in kvshare pretrain")
     parser.add_argument("--toy", action="store_true", help="the toy model on a GPU too")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument("--png", type=Path, default=Path("gpu.png"))
     words = parser.parse_args()
+    plain = {"--no-compile": words.no_compile, "--no-flex-attention": words.no_flex_attention}
+    flags = [flag for flag, given in plain.items() if given]
     started = time.perf_counter()
     budget = 900.0 if words.full and words.budget == 180.0 else words.budget
     state = parallel.initialize()
@@ -390,7 +393,7 @@ def main() -> None:
         "measured_tflops": measured_tflops(device, dtype),
         "copy_gigabytes_per_second": copy_peak(device),
         "size": size._asdict(),
-        "compile_kernels": words.compile_kernels,
+        "flags": flags,
     }
     console.print(
         f"{card['name']}: {card['measured_tflops']:,.4g} TFLOP/s in a product, "
@@ -406,7 +409,7 @@ def main() -> None:
             left_out.append(case)
             continue
         steps = 9 if words.full else 5
-        rows.append(run_case(case, size, state, steps, words.compile_kernels))
+        rows.append(run_case(case, size, state, steps, flags))
         spent = time.perf_counter() - begun
         longest = max(longest, spent) if case.pattern else longest  # compiling is done once
         console.print(f"  {case.label}: {spent:.0f} s")

@@ -162,5 +162,5 @@ def whole_model(spec: ModelSpec, source: TensorSource, state: ParallelState) -> 
     """The same in fp32, for scoring."""
     # Texts of any length: compiling for them would cost more than it gains.
     plain = {"bf16": False, "recompute_granularity": None, "transformer_impl": "local"}
-    model = replace(spec.model, compile_kernels=False, **plain)
+    model = replace(spec.model, compile=False, **plain)
     return native_model(replace(spec, model=model), source, state).eval()

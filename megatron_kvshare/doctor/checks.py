@@ -231,9 +231,9 @@ def check_compilation() -> Finding | None:
         name="torch.compile",
         state="wrong" if fault else "ok",
         found=fault or "a kernel was compiled and run",
-        detail="--compile-kernels: fused norms, SwiGLU, rotation and attention of token subsets",
+        detail="--compile: fused norms, SwiGLU, rotation and attention of token subsets",
         next_step="install a C compiler, Python's headers and the Triton that belongs to torch, or"
-        " train without --compile-kernels"
+        " do without: plain kernels run then, slower"
         if fault
         else "",
     )

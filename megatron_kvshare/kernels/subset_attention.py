@@ -14,7 +14,10 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from megatron_kvshare.errors import ConfigError, Fault
 
 Tensor = torch.Tensor
 
@@ -28,8 +31,19 @@ def _kernel() -> type[flex_attention]:
 
 
 def attend_subset(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
-    """``[b, n, q, d]`` queries over ``[b, g, k, d]`` keys; a query that sees nothing gives 0."""
-    return _kernel()(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+    """``[b, n, q, d]`` queries over ``[b, g, k, d]`` keys; a query that sees nothing gives 0.
+
+    Raises:
+        ConfigError: there are more kinds of shapes than torch compiles kernels for.
+    """
+    is_grouped = query.shape[1] != key.shape[1]
+    try:
+        return _kernel()(query, key, value, block_mask=mask, enable_gqa=is_grouped)
+    except FailOnRecompileLimitHit as error:
+        shapes = f"queries {tuple(query.shape)}, keys {tuple(key.shape)}"
+        rule = "torch has compiled as many kernels for other shapes as it is allowed to"
+        fix = "read token subsets without it: --no-flex-attention"
+        raise ConfigError(Fault("--flex-attention", shapes, rule, fix)) from error
 
 
 @functools.lru_cache(maxsize=256)

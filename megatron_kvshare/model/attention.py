@@ -92,7 +92,7 @@ class SharedKVAttention(nn.Module):
     def _split(
         self, projected: torch.Tensor, parts: tuple[Heads, ...], context: VisitContext
     ) -> tuple[torch.Tensor, ...]:
-        compile_wanted = context.spec.model.compile_kernels
+        compile_wanted = context.spec.model.compile
         return split_heads(projected, self.heads.head_dim, parts, context.rotary, compile_wanted)
 
 

@@ -107,6 +107,12 @@ class SequenceContexts:
         )
 
 
+def subset_kernel(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the attention of a token subset is one kernel, where it has queries enough."""
+    wanted = spec.model.compile and spec.model.flex_attention
+    return has_subset_kernel(device, dtype, spec.model.head_dim, compile_wanted=wanted)
+
+
 def sequence_contexts(
     spec: ModelSpec, layout: SequenceLayout, position_ids: torch.Tensor | None
 ) -> SequenceContexts:
@@ -116,7 +122,7 @@ def sequence_contexts(
         positions = torch.arange(layout.length, device=layout.device)
     tables = rotary(positions, spec.model, layout.dtype)
     kind = (layout.device, layout.dtype, spec.model.head_dim)
-    one_kernel = has_subset_kernel(*kind, compile_wanted=spec.model.compile_kernels)
+    one_kernel = subset_kernel(spec, *kind[:2])
     whole = VisitContext(tables, spec, layout, blockwise=False, one_kernel=one_kernel)
     kernel = causal_kernel(*kind)
     return SequenceContexts(whole, has_block_kernel=kernel is not None)

@@ -70,7 +70,7 @@ class LayerSpec:
 
 
 def layer_spec(model: ModelConfig) -> LayerSpec:
-    compile_wanted = model.compile_kernels
+    compile_wanted = model.compile
     if model.transformer_impl == "local":
         norm = partial(RMSNorm, compile_wanted=compile_wanted)
         return LayerSpec(layers.ColumnParallel, layers.RowParallel, norm, compile_wanted)

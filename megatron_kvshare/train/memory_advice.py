@@ -16,7 +16,14 @@ from megatron_kvshare.sharing.solver import DEFAULT_RECIPE
 from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.report import mib
-from megatron_kvshare.train.watchdog import BUILDING, LOADING, SAVING, SETTING_UP, VALIDATION
+from megatron_kvshare.train.watchdog import (
+    BUILDING,
+    COMPILING,
+    LOADING,
+    SAVING,
+    SETTING_UP,
+    VALIDATION,
+)
 
 _EXPANDABLE = "expandable_segments:True"
 _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -60,7 +67,7 @@ def advice(job: Job, found: Shortage) -> list[str]:
 def _held(memory: TrainingMemory, what: str) -> int:
     """Bytes that are held while a rank does this: activations in training only."""
     state = memory.weights + memory.gradients + memory.optimizer
-    if what in (SETTING_UP, BUILDING, LOADING, SAVING):
+    if what in (SETTING_UP, COMPILING, BUILDING, LOADING, SAVING):
         return state
     return state + memory.logits if what == VALIDATION else memory.total
 

@@ -20,18 +20,18 @@ from megatron_kvshare.data.data_plan import DataRequest
 from megatron_kvshare.data.vocabulary import Vocabulary, resolve_vocabulary
 from megatron_kvshare.engines import build_engine
 from megatron_kvshare.errors import CheckpointError, Fault
-from megatron_kvshare.kernels.compiling import compile_fault
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 from megatron_kvshare.model.gpt import build_stages
 from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.sharing.solver import Recipe
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.train.agreement import together, warn
+from megatron_kvshare.train.compiled_kernels import with_sound_kernels
 from megatron_kvshare.train.learning_rate import schedule_change
 from megatron_kvshare.train.owning import Owner
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.sinks import promised_checkpoints
-from megatron_kvshare.train.watchdog import BUILDING, LOADING, Pulse
+from megatron_kvshare.train.watchdog import BUILDING, COMPILING, LOADING, Pulse
 
 
 def data_request(planned: RunPlan, vocabulary: Vocabulary) -> DataRequest:
@@ -71,7 +71,8 @@ def prepare(
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
     warn(state, *_schedule_changes(config, found))
-    warn(state, *_slower(config.model.compile_kernels, state))
+    pulse.beat(COMPILING)
+    spec = with_sound_kernels(spec, planned.plan, config.train.micro_batch_size, state)
     pulse.beat(BUILDING)
     stages = build_stages(
         spec, config.parallel, planned.plan, planned.placement.stages_of(state.pp_rank), state
@@ -106,16 +107,6 @@ def _schedule_changes(config: PretrainConfig, found: Found | None) -> list[str]:
         return []
     change = schedule_change(found.manifest.config, config.train, found.progress.step)
     return [] if change is None else [change]
-
-
-def _slower(compile_kernels: bool, state: ParallelState) -> list[str]:
-    """Whether the kernels that were asked for cannot be had and plain ones run in their place."""
-    if not compile_kernels:
-        return []
-    if not state.platform.is_gpu:
-        return ["--compile-kernels changes nothing on a CPU"]
-    fault = compile_fault()
-    return [] if fault is None else [f"--compile-kernels: {fault}, so plain kernels run instead"]
 
 
 def _check_same_recipe(recipe: Recipe) -> None:

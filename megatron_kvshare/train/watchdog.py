@@ -27,7 +27,8 @@ from megatron_kvshare.megatron_api.memory import shortage
 from megatron_kvshare.megatron_api.parallel import ParallelState, launcher_store
 from megatron_kvshare.output import complain
 
-SETTING_UP, BUILDING, LOADING = "setting up", "building the model", "loading the checkpoint"
+SETTING_UP, COMPILING = "setting up", "compiling kernels"
+BUILDING, LOADING = "building the model", "loading the checkpoint"
 VALIDATION, SAVING = "validation", "saving"
 """What a rank does apart from training, in messages; advice about memory depends on it."""
 

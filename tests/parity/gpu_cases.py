@@ -125,14 +125,20 @@ class Computed:
     gradients: dict[str, Tensor]
 
 
-def compute(state: ParallelState, case: Case, bf16: bool, masks_only: bool = False) -> Computed:
+def compute(
+    state: ParallelState,
+    case: Case,
+    bf16: bool,
+    masks_only: bool = False,
+    compiled: bool = False,
+) -> Computed:
     """Forward and backward of `case`, its weights rounded to bf16 in either precision.
 
     `masks_only`: every attention takes a mask, as that of packed documents does: the whole text is
-    declared to be one document.
+    declared to be one document. `compiled`: by the kernels that a run on a GPU compiles.
     """
     tiny, sharing = case.tiny, case.sharing
-    model = tiny.but(extra={**tiny.extra, "bf16": bf16}).model(sharing, state)
+    model = tiny.but(extra={**tiny.extra, "bf16": bf16, "compile": compiled}).model(sharing, state)
     model.plan = solver_plan(sharing, RECIPES[case.recipe])
     weights = {name: weight.bfloat16() for name, weight in tiny.weights(sharing).items()}
     load_by_name(model, weights if bf16 else {n: w.float() for n, w in weights.items()})

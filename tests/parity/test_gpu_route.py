@@ -56,7 +56,11 @@ PLACES = [
         marks=[] if case in EVERY_CHANGE else pytest.mark.nightly,
     )
     for case in CASES
-] + [pytest.param(case, "cuda", id=f"gpu-{case}", marks=pytest.mark.gpu) for case in CASES]
+] + [
+    pytest.param(case, device, id=f"{device.replace('cuda', 'gpu')}-{case}", marks=pytest.mark.gpu)
+    for device in ("cuda", "cuda, compiled")
+    for case in CASES
+]
 
 
 @contextlib.contextmanager
@@ -106,14 +110,17 @@ def test_short_texts_in_one_kernel(
 
 @pytest.mark.parametrize(("case", "device"), PLACES)
 def test_texts_of_real_runs(case: Case, device: str, single: ParallelState):
-    skip_elsewhere(device, single)
+    kind, _, compiled = device.partition(", ")
+    skip_elsewhere(kind, single)
     assert case.length >= 2047 or case.route == "masks"
-    assert_bf16_is_fp32_but_for_rounding(case, single)
+    assert_bf16_is_fp32_but_for_rounding(case, single, bool(compiled))
 
 
-def assert_bf16_is_fp32_but_for_rounding(case: Case, single: ParallelState) -> None:
+def assert_bf16_is_fp32_but_for_rounding(
+    case: Case, single: ParallelState, compiled: bool = False
+) -> None:
     with route(single) as log:
-        got = compute(single, case, bf16=True)
+        got = compute(single, case, bf16=True, compiled=compiled)
     if log is not None:
         assert bool(log["flash_backward"]) == case.reads_blocks
     assert_near_fp32(got, case, single)

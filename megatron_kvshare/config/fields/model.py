@@ -67,9 +67,13 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Layers: megatron-core's own with torch SDPA, or Transformer Engine's when it is installed."""
-    compile_kernels: bool = False
+    compile: bool = True
     """On GPUs, run norms, SwiGLU, rotation and the attention of token subsets as kernels that
-    torch.compile makes; on a CPU nothing is compiled. Not run on a GPU yet, so it is asked for."""
+    torch.compile makes. A run checks them at its start; those that are wrong are left out, with a
+    warning. On a CPU nothing is compiled."""
+    flex_attention: bool = True
+    """Of these, the attention of token subsets: FlexAttention in place of one flash attention for
+    each block of keys."""
     bf16: bool = False
     """Train in bfloat16 with fp32 master weights; left out: fp32."""
     recompute_granularity: Literal["full", "selective"] | None = None
