@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from megatron_kvshare.cli.main import main
+from megatron_kvshare.engines import megatron
 from megatron_kvshare.model.gpt import KVShareGPT
-from megatron_kvshare.train import saving
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of"
@@ -27,7 +27,7 @@ PLACES = {
     "building": (KVShareGPT, "__init__", 1),
     "training": (KVShareGPT, "forward", 5),
     "validation": (KVShareGPT, "forward", 1),
-    "saving": (saving, "content", 1),
+    "saving": (megatron, "content", 1),
 }
 """What is called there, and the number of the call that finds no memory: that forward is in the
 second step, where a step has four."""
