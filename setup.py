@@ -16,7 +16,7 @@ VERSION_LINE = re.search(
 assert VERSION_LINE, "megatron_kvshare/__init__.py must state __version__"
 
 CORE = [
-    "torch>=2.6",
+    "torch>=2.7",
     "megatron-core>=0.16.1,<0.20",
     "sentencepiece",
     "datasets",

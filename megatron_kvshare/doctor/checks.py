@@ -46,7 +46,7 @@ class Package(NamedTuple):
 
 
 REQUIRED = (
-    Package("torch", "2.6", "", "tensors, autograd, NCCL and gloo"),
+    Package("torch", "2.7", "", "tensors, autograd, NCCL and gloo"),
     Package("megatron-core", "0.16.1", "0.20", "parallel layers, optimizer, datasets, checkpoints"),
     Package("sentencepiece", "", "", "the default tokenizer"),
     Package("datasets", "", "", "evaluation sets for tools/lm_eval_tasks.py"),
