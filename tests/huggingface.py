@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatron_kvshare.checkpoint.reader import TensorInfo
+from megatron_kvshare.checkpoint.tensors import TensorInfo
 from megatron_kvshare.conversion.exported.configuration_kvshare import KVShareConfig
 from megatron_kvshare.conversion.exported.modeling_kvshare import KVShareForCausalLM
 from megatron_kvshare.conversion.folder import write_json, write_weights

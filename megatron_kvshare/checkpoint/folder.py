@@ -1,4 +1,5 @@
-"""Where checkpoints lie: ``iter_0000100`` folders beside a tracker file, as in Megatron.
+"""Where checkpoints lie: ``iter_0000100`` folders beside a tracker file, as in Megatron; what
+DeepSpeed has written is called ``global_step100``, and the file ``latest`` names it too.
 
 Which there are, how one gets its name, which stay when a newer one has been written, and what tells
 that there were some where none can be found. No torch.
@@ -14,11 +15,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_kvshare.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_kvshare.checkpoint.manifest import MANIFEST, Layout, read_manifest
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.ownership.aside import PARTIAL, aside, remove, remove_leftovers, sync
 
 TRACKER = "latest_checkpointed_iteration.txt"
+DEEPSPEED_TRACKER = "latest"
+_NAME = re.compile("(?:iter_|global_step)([0-9]{1,18})")
 OLD = ".old"
 """Ending of a checkpoint while another one takes its name."""
 _GOING = ".deleted"
@@ -27,9 +30,12 @@ _SHOWN = 5
 """Traces named in one message; the others are counted."""
 
 
-def iteration_folder(root: Path, iteration: int) -> Path:
-    """The folder of one checkpoint."""
-    return root / f"iter_{iteration:07d}"
+def iteration_folder(root: Path, iteration: int, layout: Layout | None = None) -> Path:
+    """The folder of one checkpoint; of either layout, as it is there, where none is named."""
+    native, deepspeed = root / f"iter_{iteration:07d}", root / f"global_step{iteration}"
+    if layout is None:
+        layout = "deepspeed" if deepspeed.is_dir() and not native.is_dir() else "native"
+    return deepspeed if layout == "deepspeed" else native
 
 
 def latest_iteration(root: Path) -> int | None:
@@ -55,7 +61,7 @@ def latest_iteration(root: Path) -> int | None:
 def begin(target: Path) -> Path:
     """Make and return the empty folder in which ``target`` is written aside; what killed runs were
     writing goes."""
-    remove_leftovers(target.parent, r"iter_\d+")
+    remove_leftovers(target.parent, _NAME.pattern)
     partial = aside(target)
     partial.mkdir(parents=True)
     return partial
@@ -64,7 +70,7 @@ def begin(target: Path) -> Path:
 def repair(root: Path) -> None:
     """Give back its name to a checkpoint that was being replaced when the process was killed, as
     far as that can be done; for the owner of ``root``."""
-    for old in root.glob(f"iter_*{OLD}"):
+    for old in _ending_in(OLD, root):
         target = old.with_name(old.name.removesuffix(OLD))
         with contextlib.suppress(OSError):
             if os.path.lexists(target):
@@ -112,10 +118,14 @@ def _candidates(root: Path) -> Candidates:
 def _iterations(root: Path) -> list[int]:
     """Those of folders with the name of a checkpoint, the newest first."""
     names = os.listdir(root) if root.is_dir() else []
-    found = (re.fullmatch("iter_([0-9]{1,18})", name) for name in names)
-    return sorted(
-        (int(name[1]) for name in found if name and (root / name[0]).is_dir()), reverse=True
-    )
+    found = (_NAME.fullmatch(name) for name in names)
+    return sorted({int(name[1]) for name in found if name and (root / name[0]).is_dir()})[::-1]
+
+
+def _ending_in(ending: str, root: Path) -> list[Path]:
+    """What is left of checkpoints that had another name."""
+    paths = root.glob(f"*{ending}")
+    return [path for path in paths if _NAME.fullmatch(path.name.removesuffix(ending))]
 
 
 def passed_over(root: Path, named: int) -> str | None:
@@ -140,19 +150,30 @@ def flush(folder: Path) -> None:
 def publish(partial: Path, target: Path, iteration: int) -> None:
     """Rename the complete ``partial`` to ``target``, then point the tracker at it. What needs room
     on the disk comes first: where there is none, nothing has changed."""
-    tracker = target.parent / TRACKER
-    remove_leftovers(target.parent, re.escape(TRACKER))
-    draft = aside(tracker)
+    root, is_native = target.parent, target == iteration_folder(target.parent, iteration, "native")
+    texts = {TRACKER: f"{iteration}\n", DEEPSPEED_TRACKER: "" if is_native else target.name}
+    drafts = {}
     try:
-        draft.write_text(f"{iteration}\n", encoding="utf-8")
-        sync(draft)
+        for name, text in texts.items():
+            remove_leftovers(root, re.escape(name))
+            if text:
+                drafts[name] = aside(root / name)
+                drafts[name].write_text(text, encoding="utf-8")
+                sync(drafts[name])
         _replace(partial, target)
-        sync(target.parent)
-        os.replace(draft, tracker)
+        sync(root)
+        for name, draft in drafts.items():
+            os.replace(draft, root / name)
     except OSError:
-        draft.unlink(missing_ok=True)
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
         raise
-    sync(target.parent)
+    if is_native:  # or DeepSpeed's tools would take an older checkpoint for the newest
+        (root / DEEPSPEED_TRACKER).unlink(missing_ok=True)
+    other = iteration_folder(root, iteration, "deepspeed" if is_native else "native")
+    if other.is_dir() and not other.is_symlink():
+        remove(other)
+    sync(root)
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -206,7 +227,7 @@ def remove_superseded(root: Path, written: int, keep: Keep) -> list[str]:
     if keep.last is None:
         return []
     found = dict(_checkpoints(root))
-    going = list(root.glob(f"iter_*{_GOING}"))
+    going = _ending_in(_GOING, root)
     problems = []
     for iteration in keep.superseded(list(found), written):
         folder = found[iteration]
@@ -224,15 +245,15 @@ def remove_superseded(root: Path, written: int, keep: Keep) -> list[str]:
 
 def _checkpoints(root: Path) -> Iterator[tuple[int, Path]]:
     """The folders that are certainly checkpoints of this program, by iteration."""
-    for folder in root.glob("iter_*"):
-        number = re.fullmatch(r"iter_(\d+)", folder.name)
-        if number is None or folder.is_symlink() or not folder.is_dir():
+    for folder in root.iterdir():
+        if not _NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
             continue
         try:
-            step = read_manifest(folder).progress.step
+            manifest = read_manifest(folder)
         except CheckpointError:
             continue
-        if folder == iteration_folder(root, step):
+        step = manifest.progress.step
+        if folder == iteration_folder(root, step, manifest.layout):
             yield step, folder
 
 
@@ -253,9 +274,9 @@ def traces(root: Path) -> list[str]:
     found = []
     for name in sorted(os.listdir(root)):
         path = root / name
-        if name == TRACKER:
+        if name in (TRACKER, DEEPSPEED_TRACKER):
             found.append(f"{path} {_tracker_text(path)}")
-        elif name.startswith("iter_") and not name.endswith(PARTIAL):
+        elif name.startswith(("iter_", "global_step")) and not name.endswith(PARTIAL):
             found.append(f"{path} {_folder_state(path)}")
         elif not name.endswith((PARTIAL, OLD)) and os.path.lexists(path / MANIFEST):
             found.append(f"{path} is a checkpoint under another name")

@@ -34,6 +34,7 @@ from megatron_kvshare.checkpoint.parts import (
 )
 from megatron_kvshare.checkpoint.pickles import older_random_state, older_updates, read_metadata
 from megatron_kvshare.checkpoint.storage import read_parts
+from megatron_kvshare.checkpoint.tensors import stored_tensors
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.optimizer_state import MAIN
@@ -226,14 +227,14 @@ def load_checkpoint(
     Raises:
         CheckpointError: files are missing or damaged, or would run code.
     """
-    metadata = read_metadata(found.folder)
+    tensors = stored_tensors(found.folder, found.manifest)
     parts = weight_parts(models, state)
     if found.take_optimizer:
         parts += optimizer_parts(optimizer, models, state)
     _clear(models, optimizer)
-    names = metadata.state_dict_metadata.keys()
-    stored = [_as_stored(part, names, found.take_optimizer) for part in parts]
-    read_parts(stored, found.folder, metadata)
+    names = tensors.tensors.keys()
+    tensors.fill([_as_stored(part, names, found.take_optimizer) for part in parts])
+    metadata = read_metadata(found.folder)
     if found.take_optimizer:
         optimizer.set_updates(_updates(found.folder, metadata))
     else:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.config.flags.settings import flag_of
@@ -15,7 +15,8 @@ from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
 
 MANIFEST = "kvshare.json"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
+Layout = Literal["native", "deepspeed"]
 
 # What reading a text that is no manifest, or one of an old version that is damaged, ends with.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -99,6 +100,8 @@ class Manifest:
     before version 5."""
     tracking: dict[str, str] = field(default_factory=dict)
     """Names under which trackers know the run, so that a resumed run is the same one there."""
+    layout: Layout = "native"
+    """Who wrote weights and optimizer state, in files of which form; native before version 8."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Marks of the other files, see :mod:`megatron_kvshare.checkpoint.integrity`; none before
     version 4."""

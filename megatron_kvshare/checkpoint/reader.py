@@ -1,22 +1,22 @@
-"""A native checkpoint as one process sees it, of any layout and without starting its ranks: found,
-described, its tensors read one at a time, its model built."""
+"""A checkpoint as one process sees it, of any layout and without starting its ranks: found,
+described, its model built."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
-
-import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_kvshare.checkpoint import folder as folders
 from megatron_kvshare.checkpoint.integrity import problems
 from megatron_kvshare.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from megatron_kvshare.checkpoint.parts import OPTIMIZER, RANDOM_STATE, single_parts
-from megatron_kvshare.checkpoint.pickles import damaged, read_metadata
-from megatron_kvshare.checkpoint.storage import read_parts
+from megatron_kvshare.checkpoint.pickles import damaged
+from megatron_kvshare.checkpoint.tensors import (
+    StoredWeights,
+    TensorInfo,
+    TensorSource,
+    stored_tensors,
+)
 from megatron_kvshare.config import ParallelConfig
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
@@ -30,62 +30,6 @@ _SHOWN = 8
 """Tensors that do not fit, named in one message; the others are counted."""
 
 
-class TensorInfo(NamedTuple):
-    """What is known of a tensor without reading it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-class TensorSource(Protocol):
-    """Tensors by name, read when asked for."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-
-class NativeTensors:
-    """All tensors of a checkpoint folder ``iter_*``, whole and with their true shapes.
-
-    Raises:
-        CheckpointError: the folder is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._metadata = read_metadata(folder)
-        self.tensors: dict[str, TensorInfo] = {
-            name: TensorInfo(tuple(stored.size), stored.properties.dtype)
-            for name, stored in self._metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
-        info = self.tensors[name]
-        whole = torch.empty(info.shape, dtype=info.dtype)
-        read_parts(single_parts("", {name: whole}), self.folder, self._metadata)
-        return whole
-
-
-class NativeWeights(NativeTensors):
-    """The weights among them; their names are those of Hugging Face's Llama."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.tensors = {
-            name: info
-            for name, info in self.tensors.items()
-            if not name.startswith((OPTIMIZER, RANDOM_STATE))
-        }
-
-
 @dataclass(frozen=True)
 class StoredModel:
     """A checkpoint of any layout, opened without starting its ranks; ``doubts``: why it may not be
@@ -94,12 +38,12 @@ class StoredModel:
     folder: Path
     manifest: Manifest
     spec: ModelSpec
-    weights: NativeWeights
+    weights: StoredWeights
     doubts: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path) -> StoredModel:
-    """Open the newest checkpoint of a ``--save`` folder, or one ``iter_*`` folder.
+    """Open the newest checkpoint of a ``--save`` folder, or one of the folders in it.
 
     Raises:
         CheckpointError: there is none, it is damaged, or its tensors are not those of its model.
@@ -109,7 +53,7 @@ def open_checkpoint(path: Path) -> StoredModel:
         iteration = folders.latest_iteration(path) if path.is_dir() else None
         if iteration is None:
             rule = f"there is no checkpoint of megatron_kvshare in it (no {folders.TRACKER})"
-            fix = "give the --save folder of a run, or one of its iter_* folders"
+            fix = "give the --save folder of a run, or one of its iter_* or global_step* folders"
             raise CheckpointError(Fault("--load", str(path), rule, fix))
         folder = folders.iteration_folder(path, iteration)
         doubt = folders.passed_over(path, iteration)
@@ -117,7 +61,8 @@ def open_checkpoint(path: Path) -> StoredModel:
     reasons = problems(folder, manifest.files)
     if reasons:
         raise damaged(folder, "; ".join(reasons[:3]))
-    spec, weights = ModelSpec.of_identity(manifest.identity, manifest.config), NativeWeights(folder)
+    spec = ModelSpec.of_identity(manifest.identity, manifest.config)
+    weights = StoredWeights(stored_tensors(folder, manifest))
     check_weights(folder, weights.tensors, spec.weight_shapes)
     # In the order of the model: files list tensors in the order in which ranks wrote them.
     weights.tensors = {name: weights.tensors[name] for name in spec.weight_shapes}

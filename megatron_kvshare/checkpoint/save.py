@@ -39,6 +39,11 @@ Check = Callable[[], None]
 """Raises OwnershipError where the folder has become another run's."""
 
 
+Beside = Callable[[Path], None]
+"""Writes files of another form than ours into a folder, on all ranks; raises OSError on all of them
+where one cannot."""
+
+
 def nobody_else() -> None:
     """The check of a folder that nobody else knows of."""
 
@@ -91,9 +96,10 @@ def write_checkpoint(
     group: dist.ProcessGroup | None = None,
     keep: Keep = KEEP_ALL,
     check: Check = nobody_else,
+    beside: Beside | None = None,
 ) -> Written:
-    """Write the ``parts`` of all ranks as the checkpoint of the manifest's step; then ``keep`` says
-    which older ones stay.
+    """Write the ``parts`` of all ranks as the checkpoint of the manifest's step, with what
+    ``beside`` writes into its folder; then ``keep`` says which older ones stay.
 
     All ranks call this; they talk in ``group``, None: the group of the job. ``check`` is asked on
     the first rank before anything is touched that has a name.
@@ -103,12 +109,14 @@ def write_checkpoint(
         OwnershipError: the same, because ``check`` says that the folder is another run's.
     """
     step = manifest.progress.step
-    target = folders.iteration_folder(root, step)
+    target = folders.iteration_folder(root, step, manifest.layout)
     once = partial(_on_first_rank, state=state, group=group)
     aside: Path | None = None
     try:
         aside = Path(once(lambda: _begin(target, check)))
         write_parts(parts, aside, group)
+        if beside is not None:
+            beside(aside)
         marked = replace(manifest, files=mark_files(aside, state, group))
         once(lambda: _complete(marked, aside, target, check))
         warnings = once(lambda: _tidy(root, step, keep, check))
@@ -182,19 +190,24 @@ class Saver:
         self._thread: threading.Thread | None = None
 
     def save(
-        self, manifest: Manifest, parts: Sequence[Part], remove_older: bool = True
+        self,
+        manifest: Manifest,
+        parts: Sequence[Part],
+        remove_older: bool = True,
+        beside: Beside | None = None,
     ) -> Written | None:
         """Write ``parts``; None if that has only begun. ``parts`` may change after the return.
 
-        ``remove_older``: then remove the checkpoints that the settings let go.
+        ``remove_older``: then remove the checkpoints that the settings let go. ``beside``: as in
+        :func:`write_checkpoint`; such a save is never beside the training.
 
         Raises:
             CheckpointError: on all ranks; earlier checkpoints are intact.
         """
         assert self._running is None, "finish the save before"
         keep = self._keep if remove_older else KEEP_ALL
-        if self._group is None:
-            return self._write(manifest, parts, keep)
+        if self._group is None or beside is not None:
+            return self._write(manifest, parts, keep, beside)
         copies = self._copied(parts)
         self._running = Future()
         self._thread = threading.Thread(
@@ -243,8 +256,14 @@ class Saver:
         except BaseException as error:  # told by finish()
             running.set_exception(error)
 
-    def _write(self, manifest: Manifest, parts: Sequence[Part], keep: Keep) -> Written:
-        how = (self._state, self._group, keep, self._check)
+    def _write(
+        self,
+        manifest: Manifest,
+        parts: Sequence[Part],
+        keep: Keep,
+        beside: Beside | None = None,
+    ) -> Written:
+        how = (self._state, self._group, keep, self._check, beside)
         return write_checkpoint(self._root, manifest, parts, *how)
 
     def _copied(self, parts: Sequence[Part]) -> list[Part]:

@@ -15,7 +15,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_kvshare.checkpoint.reader import TensorInfo, TensorSource
+from megatron_kvshare.checkpoint.tensors import TensorInfo, TensorSource
 from megatron_kvshare.errors import CheckpointError, Fault
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"

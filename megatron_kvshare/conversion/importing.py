@@ -14,12 +14,12 @@ from megatron_kvshare import __version__
 from megatron_kvshare.checkpoint.manifest import Manifest, Progress
 from megatron_kvshare.checkpoint.reader import (
     StoredModel,
-    TensorSource,
     check_weights,
     native_model,
     open_checkpoint,
 )
 from megatron_kvshare.checkpoint.save import save_checkpoint
+from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.config import (
     DataConfig,
     PretrainConfig,

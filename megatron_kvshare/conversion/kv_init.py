@@ -13,7 +13,7 @@ from functools import lru_cache
 import networkx
 import torch
 
-from megatron_kvshare.checkpoint.reader import TensorInfo, TensorSource
+from megatron_kvshare.checkpoint.tensors import TensorInfo, TensorSource
 from megatron_kvshare.costs.weights import layer_prefix
 from megatron_kvshare.errors import Fault, MapError
 from megatron_kvshare.sharing.map import SharingMap

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_kvshare.checkpoint.reader import StoredModel, TensorSource, whole_model
+from megatron_kvshare.checkpoint.reader import StoredModel, whole_model
+from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.conversion import folder as folders
 from megatron_kvshare.conversion.config_keys import LLAMA, MISTRAL, MODEL_TYPE
 from megatron_kvshare.conversion.own_code import CODE, is_present

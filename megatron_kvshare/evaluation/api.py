@@ -9,7 +9,8 @@ from typing import Literal
 
 import torch
 
-from megatron_kvshare.checkpoint.reader import TensorSource, open_checkpoint, whole_model
+from megatron_kvshare.checkpoint.reader import open_checkpoint, whole_model
+from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.conversion.folder import CONFIG
 from megatron_kvshare.conversion.importing import open_folder
 from megatron_kvshare.errors import ConfigError, Fault

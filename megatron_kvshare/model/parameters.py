@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_kvshare.costs.weights import Init, Split, Weight
+from megatron_kvshare.costs.weights import Held, Init, Split, Weight
 from megatron_kvshare.megatron_api.parallel import ParallelState, gather_objects
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.model.heads import HeadLayout
+from megatron_kvshare.spec.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,33 @@ class Piece:
 
 def parameter_pieces(model: KVShareGPT) -> dict[str, tuple[Piece, ...]]:
     """Local parameter name -> the pieces of full tensors it holds, top to bottom."""
-    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    return pieces_of(model.spec, model.stage, shapes, model.heads)
+
+
+def pieces_of(
+    spec: ModelSpec, stage: Held, shapes: Mapping[str, tuple[int, ...]], heads: HeadLayout
+) -> dict[str, tuple[Piece, ...]]:
+    """The same of the parameters of a rank that is not here; ``shapes``: what it holds, by name."""
     pieces: dict[str, tuple[Piece, ...]] = {}
-    for weight in model.spec.weights_on(model.stage):
-        name = weight.parameter_on(model.stage)
+    for weight in spec.weights_on(stage):
+        name = weight.parameter_on(stage)
         above = pieces.get(name, ())
         start = above[-1].local_start + above[-1].stop - above[-1].start if above else 0
-        pieces[name] = (*above, _piece(weight, parameters[name], start, model.heads))
-    assert pieces.keys() == parameters.keys(), "a parameter has no name"
+        pieces[name] = (*above, _piece(weight, shapes[name], start, heads))
+    assert pieces.keys() == shapes.keys(), "a parameter has no name"
     return pieces
 
 
-def _piece(weight: Weight, held_in: nn.Parameter, local_start: int, heads: HeadLayout) -> Piece:
-    """What one tensor-parallel rank holds of a full tensor."""
+def _piece(weight: Weight, held_in: tuple[int, ...], local_start: int, heads: HeadLayout) -> Piece:
+    """What one tensor-parallel rank holds of a full tensor; ``held_in``: its parameter's shape."""
     name, shape = weight.name, weight.shape
     if weight.split is Split.WHOLE:
         return Piece(name, shape)
     dim = 1 if weight.split is Split.COLUMNS else 0
     # Of a padded vocabulary a rank holds as many rows as its parameter, the last ones fewer.
     padded = weight.split is Split.VOCABULARY
-    part = held_in.shape[0] if padded else shape[dim] // heads.tp_size
+    part = held_in[0] if padded else shape[dim] // heads.tp_size
     start, stop = (min((heads.tp_rank + i) * part, shape[dim]) for i in (0, 1))
     return Piece(name, shape, dim, start, stop, local_start)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_kvshare.checkpoint.parts import OPTIMIZER, UPDATES
-from megatron_kvshare.checkpoint.reader import NativeTensors
+from megatron_kvshare.checkpoint.tensors import NativeTensors
 from tests.distributed.world import Layout, World
 from tests.integration.pretrain_jobs import save_again_and_go_on
 

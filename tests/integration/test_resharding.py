@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_kvshare.checkpoint.parts import OPTIMIZER, RANDOM_STATE, UPDATES
-from megatron_kvshare.checkpoint.reader import NativeTensors
+from megatron_kvshare.checkpoint.tensors import NativeTensors
 from tests.distributed.world import Layout, World
 from tests.integration.pretrain_jobs import (
     MAPS,

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_kvshare.checkpoint.parts import OPTIMIZER, RANDOM_STATE
-from megatron_kvshare.checkpoint.reader import NativeTensors
+from megatron_kvshare.checkpoint.tensors import NativeTensors
 from megatron_kvshare.config.pretrain import parse_pretrain
 from megatron_kvshare.megatron_api import parallel
 from megatron_kvshare.sharing.solver import RECIPES

@@ -183,7 +183,10 @@ def test_the_stored_recipe_can_be_built_again(saved: Path) -> None:
     assert Recipe.from_dict(stored) == RECIPES["paper"]
 
 
-@pytest.mark.parametrize("version", ["8", "3", "NaN", "7.0", "true", "-1", "1e999", '"7"', "[7]"])
+LATER = str(FORMAT_VERSION + 1)
+
+
+@pytest.mark.parametrize("version", [LATER, "3", "NaN", "8.0", "true", "-1", "1e999", '"8"', "[8]"])
 def test_a_version_that_was_not_written_is_damage(saved: Path, version: str) -> None:
     """Not a newer program's checkpoint, and not one too old for a checksum."""
     path = folder.iteration_folder(saved, 7) / "kvshare.json"

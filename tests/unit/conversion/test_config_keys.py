@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
 
-from megatron_kvshare.checkpoint.reader import TensorSource
+from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.cli.main import main
 from megatron_kvshare.conversion import importing
 from megatron_kvshare.conversion.config_keys import ONE_VALUE, READ, doubts
