@@ -1,4 +1,4 @@
-"""``kvshare convert to-hf | from-hf``: checkpoints to and from Hugging Face folders."""
+"""``kvshare convert to-hf | from-hf | to-native``: checkpoints to and from other forms."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _TO_EXAMPLES = """\
   python -c 'from transformers import AutoModelForCausalLM as M
   print(M.from_pretrained("runs/hf", trust_remote_code=True))'
 
---load is the --save folder of a run (its newest checkpoint), or one iter_* folder, of any
-tensor- and pipeline-parallel layout; one process is enough. A standard map becomes a plain
+--load is the --save folder of a run (its newest checkpoint), or one folder iter_* (DeepSpeed:
+global_step*) in it, of any layout; one process is enough. A standard map becomes a plain
 LlamaForCausalLM. The folder is proven before it gets its name: every tensor bit by bit, and the
 logits of both models."""
 
@@ -35,13 +35,22 @@ Takes exports of this program, Llama and Mistral models, and published LCKV chec
 Checkpoints of stock Megatron-LM come in through their Hugging Face export. With --kv-pattern or
 --kv-map a model without sharing becomes a shared-KV one, to be trained on."""
 
+_NATIVE_EXAMPLES = """\
+  kvshare convert to-native --load runs/deepspeed --save runs/native
+  kvshare pretrain --load runs/native ...
+
+--load is the --save folder of a run that DeepSpeed trained, or one global_step* folder in it, of
+any ZeRO stage and number of ranks. One process without DeepSpeed and without a GPU reads its shards
+as data; optimizer state comes along, and every tensor is compared. To train on, none of this is
+needed: either engine loads what the other has saved."""
+
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)
 class ToHuggingFaceConfig:
     """Native checkpoint to Hugging Face folder."""
 
     load: str
-    """The --save folder of a run, or one of its iter_* folders."""
+    """The --save folder of a run, or one of the checkpoints in it."""
     save: str
     """Folder to write; it must not be there yet, or be empty."""
     tokenizer_model: str | None = None
@@ -71,18 +80,35 @@ class FromHuggingFaceConfig:
     sharing: SharingConfig = field(default_factory=SharingConfig)
 
 
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class ToNativeConfig:
+    """DeepSpeed's checkpoint to a native one."""
+
+    load: str
+    """The --save folder of a run, or one of the checkpoints in it."""
+    save: str
+    """Folder to write, as --save of a run; it must not be there yet, or be empty."""
+
+
 def run(argv: Sequence[str]) -> int:
-    """Run ``to-hf`` or ``from-hf``."""
-    directions: dict[str, Callable[[Sequence[str]], int]] = {"to-hf": _to_hf, "from-hf": _from_hf}
+    """Run ``to-hf``, ``from-hf`` or ``to-native``."""
+    directions: dict[str, Callable[[Sequence[str]], int]] = {
+        "to-hf": _to_hf,
+        "from-hf": _from_hf,
+        "to-native": _to_native,
+    }
     if argv and argv[0] in directions:
         return directions[argv[0]](argv[1:])
+    names = list(directions)
     if argv and argv[0] in ("--help", "-h"):
-        print(f"usage: kvshare convert to-hf|from-hf [flags]\n\nExamples:\n{_TO_EXAMPLES}")
-        print(f"\n{_FROM_EXAMPLES}\n\nEach direction explains its flags with --help.")
+        print(f"usage: kvshare convert {'|'.join(names)} [flags]\n\nExamples:\n{_TO_EXAMPLES}")
+        print(f"\n{_FROM_EXAMPLES}\n\n{_NATIVE_EXAMPLES}")
+        print("\nEach direction explains its flags with --help.")
         return 0
     given = argv[0] if argv else None
-    fix = "write `kvshare convert to-hf ...` or `kvshare convert from-hf ...`"
-    raise ConfigError(Fault("kvshare convert", given, "the directions are to-hf and from-hf", fix))
+    fix = f"write one of: {', '.join(f'`kvshare convert {name} ...`' for name in names)}"
+    rule = f"the directions are {', '.join(names)}"
+    raise ConfigError(Fault("kvshare convert", given, rule, fix))
 
 
 def _to_hf(argv: Sequence[str]) -> int:
@@ -107,6 +133,27 @@ def _to_hf(argv: Sequence[str]) -> int:
     with parallel.alone() as state:
         _say(export(stored, job, state, _progress()))
     print(f"wrote {config.save}: {stored.folder} as a Hugging Face model")
+    return 0
+
+
+def _to_native(argv: Sequence[str]) -> int:
+    command = Command(
+        "kvshare convert to-native",
+        "Write DeepSpeed's checkpoint as a native one.",
+        _NATIVE_EXAMPLES,
+    )
+    config = parse(ToNativeConfig, argv, command)
+    from megatron_kvshare.checkpoint.reader import open_checkpoint
+    from megatron_kvshare.conversion.to_native import to_native
+    from megatron_kvshare.megatron_api import parallel
+
+    stored = open_checkpoint(Path(config.load))
+    for doubt in stored.doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
+    with parallel.alone() as state:
+        written = to_native(stored, Path(config.save), state)
+    _say(written)
+    print(f"wrote {written.folder}: {stored.folder} as a native checkpoint")
     return 0
 
 
