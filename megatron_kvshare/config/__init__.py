@@ -2,9 +2,10 @@
 
 ``flags/`` reads command lines and files and knows no setting; ``fields/`` are the settings;
 ``blend.py`` reads data paths with weights, ``launch.py`` what torchrun announces. None of these
-four imports another. ``derive.py`` is what settings come to, ``rules/`` what they must fulfil, and
-``pretrain.py`` puts the command line of ``kvshare pretrain`` together: each of these three imports
-those before it.
+four imports another. ``derive.py`` is what settings come to, ``rules/`` what they must fulfil,
+``deepspeed/`` what DeepSpeed is told, and ``pretrain.py`` puts the command line of ``kvshare
+pretrain`` together: each of these imports those before it, ``rules/`` and ``deepspeed/`` not one
+another.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from __future__ import annotations
 from megatron_kvshare.config.fields.data import DataConfig
 from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
-from megatron_kvshare.config.fields.training import CheckpointConfig, LogConfig, TrainConfig
+from megatron_kvshare.config.fields.training import (
+    CheckpointConfig,
+    DeepSpeedConfig,
+    LogConfig,
+    TrainConfig,
+)
 from megatron_kvshare.config.flags.command_line import Command, parse
 
 __all__ = [
     "CheckpointConfig",
     "Command",
     "DataConfig",
+    "DeepSpeedConfig",
     "LogConfig",
     "ModelConfig",
     "ParallelConfig",

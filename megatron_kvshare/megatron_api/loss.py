@@ -8,6 +8,7 @@ single tokens are there to look at.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from megatron_kvshare.costs.memory import LOGITS_PER_CHUNK
-from megatron_kvshare.megatron_api.layers import ColumnParallel
+from megatron_kvshare.megatron_api.layers import ColumnParallel, TransformerConfig
 from megatron_kvshare.megatron_api.linear import add_product_, gradient_target
 
 
@@ -37,41 +38,73 @@ class TokenLosses(NamedTuple):
     each: torch.Tensor
 
 
-def cross_entropy(
-    hidden: torch.Tensor,
-    head: ColumnParallel,
-    weight: torch.Tensor,
-    true_columns: int,
-    labels: torch.Tensor,
-    counted: torch.Tensor,
-) -> TokenLosses:
-    """``hidden`` ``[s, b, h]`` (this rank's part of s under sequence parallelism) through ``head``
-    with its local ``weight`` ``[columns, h]``, of which the first ``true_columns`` are no padding;
-    ``labels`` and ``counted`` ``[b, s]``."""
-    if labels.numel() * weight.shape[0] <= logits_per_chunk(hidden.device):
-        logits = mask_padding(head.project(hidden, weight), true_columns)
+class OutputHead(ColumnParallel):
+    """From normed hidden states to logits or losses; of its local columns the first
+    ``true_columns`` are no padding.
+
+    ``tied`` gives the embedding's weight where the head has none of its own. It is asked for inside
+    the module's call: an engine that divides weights over ranks gathers them for a call.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        config: TransformerConfig,
+        true_columns: int,
+        tied: Callable[[], torch.nn.Parameter] | None = None,
+    ) -> None:
+        super().__init__(input_size, output_size, config, own_weight=tied is None)
+        self.true_columns = true_columns
+        self.tied = tied
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        counted: torch.Tensor | None = None,
+    ) -> torch.Tensor | TokenLosses:
+        """``hidden`` ``[s, b, h]`` (this rank's part of s under sequence parallelism) -> logits
+        ``[s, b, local columns]``, padded ones -inf, or with labels their losses; ``labels``,
+        ``counted`` (None: all) ``[b, s]``."""
+        weight = self.weight if self.tied is None else self.tied()
+        if labels is None:
+            return mask_padding(self.project(hidden, weight), self.true_columns)
+        if counted is None:
+            counted = torch.ones_like(labels, dtype=torch.bool)
+        if labels.numel() * weight.shape[0] > logits_per_chunk(hidden.device):
+            return self._losses_in_chunks(hidden, weight, labels, counted)
+        logits = mask_padding(self.project(hidden, weight), self.true_columns)
         losses = vocab_parallel_cross_entropy(logits, labels.t().contiguous()).t()
         each = torch.where(counted, losses, 0.0)
         return TokenLosses(each.sum(), each.detach())
-    group = head.tp_group
-    if head.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, group=group)
-    elif group.size() > 1:
-        hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-    weight, buffer = gradient_target(weight)
-    total, each = _ChunkedCrossEntropy.apply(
-        hidden.flatten(0, 1),
-        weight,
-        _Chunks(
-            labels.t().flatten(),
-            counted.t().flatten(),
-            true_columns,
-            group,
-            torch.is_grad_enabled(),
-            buffer,
-        ),
-    )
-    return TokenLosses(total, each.view(labels.shape[::-1]).t())
+
+    def _losses_in_chunks(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.nn.Parameter,
+        labels: torch.Tensor,
+        counted: torch.Tensor,
+    ) -> TokenLosses:
+        group = self.tp_group
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=group)
+        elif group.size() > 1:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        target, buffer = gradient_target(weight)
+        total, each = _ChunkedCrossEntropy.apply(
+            hidden.flatten(0, 1),
+            target,
+            _Chunks(
+                labels.t().flatten(),
+                counted.t().flatten(),
+                self.true_columns,
+                group,
+                torch.is_grad_enabled(),
+                buffer,
+            ),
+        )
+        return TokenLosses(total, each.view(labels.shape[::-1]).t())
 
 
 def mask_padding(logits: torch.Tensor, true_columns: int) -> torch.Tensor:

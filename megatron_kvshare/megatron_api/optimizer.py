@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -20,6 +21,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 
 from megatron_kvshare.config import ParallelConfig, TrainConfig
 from megatron_kvshare.megatron_api.linear import accumulate_in_place
@@ -130,7 +132,7 @@ def update_parameters(
     On a GPU the fused AdamW scales each gradient as it reads it. Elsewhere the buffer is scaled in
     one go, where megatron-core without fused kernels copies every gradient.
     """
-    factor = clip_grad / (grad_norm + 1e-6) if 0 < clip_grad < grad_norm else 1.0
+    factor = clipping_factor(clip_grad, grad_norm)
     inner = _inner_optimizers(optimizer)
     with cpu_mode():
         if factor != 1.0 and scale_in_step(inner):
@@ -142,6 +144,17 @@ def update_parameters(
                 model.scale_gradients(factor)
             optimizer.prepare_grads()
         optimizer.step_with_ready_grads()
+
+
+def clipping_factor(clip_grad: float, grad_norm: float) -> float:
+    """What gradients of this norm are multiplied by; 1 where there is nothing to clip."""
+    return clip_grad / (grad_norm + 1e-6) if 0 < clip_grad < grad_norm else 1.0
+
+
+def is_counted(weight: torch.nn.Parameter, tp_group: Any) -> bool:
+    """Whether the gradient norm counts ``weight`` on this tensor-parallel rank: one that they all
+    hold counts once."""
+    return bool(param_is_not_tensor_parallel_duplicate(weight, tp_group=tp_group))
 
 
 def scale_in_step(optimizers: Sequence[torch.optim.AdamW]) -> bool:
@@ -184,7 +197,7 @@ def zero_gradients(models: Models, optimizer: MegatronOptimizer) -> None:
 
 
 def build_scheduler(
-    optimizer: MegatronOptimizer | SimpleNamespace, train: TrainConfig
+    optimizer: MegatronOptimizer | torch.optim.AdamW | SimpleNamespace, train: TrainConfig
 ) -> OptimizerParamScheduler:
     """Megatron-core's schedule, counted in iterations.
 

@@ -4,14 +4,15 @@ of it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from megatron_kvshare.config import ParallelConfig
-from megatron_kvshare.megatron_api.layers import ColumnParallel, VocabEmbedding
-from megatron_kvshare.megatron_api.loss import TokenLosses, cross_entropy, mask_padding
+from megatron_kvshare.megatron_api.layers import VocabEmbedding
+from megatron_kvshare.megatron_api.loss import OutputHead, TokenLosses
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.megatron_api.platform import cpu_mode
 from megatron_kvshare.megatron_api.transformer_config import transformer_config
@@ -72,6 +73,8 @@ class KVShareGPT(nn.Module):
         self.pre_process, self.post_process = self.stage.embeds, self.stage.predicts
         self.share_embeddings_and_output_weights = tied
         head_is_copy = tied and not self.stage.embeds
+        local_rows = padded // state.tp_size
+        true_columns = min(max(vocab_size - state.tp_rank * local_rows, 0), local_rows)
         with cpu_mode(), device:
             self.embedding = None
             if self.stage.embeds:
@@ -82,8 +85,12 @@ class KVShareGPT(nn.Module):
             self.output_layer = None
             if self.stage.predicts:
                 own = not tied or head_is_copy
-                self.output_layer = ColumnParallel(
-                    model.hidden_size, padded, self.config, own_weight=own
+                self.output_layer = OutputHead(
+                    model.hidden_size,
+                    padded,
+                    self.config,
+                    true_columns,
+                    tied=None if own else partial(getattr, self.embedding, "weight"),
                 )
         if tied and self.stage.embeds != self.stage.predicts:
             weight = self.shared_embedding_or_output_weight()
@@ -92,8 +99,6 @@ class KVShareGPT(nn.Module):
         for weight in spec.weights_on(self.stage):
             held_in = self.get_parameter(weight.parameter_on(self.stage))
             held_in.decays = weight.decays  # type: ignore[attr-defined]  # read by the optimizer
-        local_rows = padded // state.tp_size
-        self.true_columns = min(max(vocab_size - state.tp_rank * local_rows, 0), local_rows)
 
     def forward(
         self,
@@ -140,28 +145,22 @@ class KVShareGPT(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Norm and head: ``[s, b, h]`` -> fp32 ``[b, s, vocab / tp]``; padded columns are -inf."""
-        head, hidden, weight = self._head(hidden)
-        logits = mask_padding(head.project(hidden, weight), self.true_columns)
+        head, normed = self._head(hidden)
+        logits: torch.Tensor = head(normed)
         return logits.transpose(0, 1).contiguous().float()
 
     def losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None = None
     ) -> TokenLosses:
         """Norm, head and loss of ``[s, b, h]``; ``labels``, ``counted`` (None: all) ``[b, s]``."""
-        if counted is None:
-            counted = torch.ones_like(labels, dtype=torch.bool)
-        head, hidden, weight = self._head(hidden)
-        return cross_entropy(hidden, head, weight, self.true_columns, labels, counted)
+        head, normed = self._head(hidden)
+        losses: TokenLosses = head(normed, labels, counted)
+        return losses
 
-    def _head(
-        self, hidden: torch.Tensor
-    ) -> tuple[ColumnParallel, torch.Tensor, torch.nn.Parameter]:
-        """The head, what enters it, and its weight, which may be the embedding's."""
+    def _head(self, hidden: torch.Tensor) -> tuple[OutputHead, torch.Tensor]:
+        """The head, and what enters it."""
         assert self.output_layer is not None and self.decoder.final_layernorm is not None
-        weight = self.output_layer.weight
-        if weight is None:
-            weight = self.shared_embedding_or_output_weight()
-        return self.output_layer, self.decoder.final_layernorm(hidden), weight
+        return self.output_layer, self.decoder.final_layernorm(hidden)
 
     @property
     def copies(self) -> frozenset[str]:

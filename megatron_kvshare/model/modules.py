@@ -40,11 +40,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.epsilon, self.compile_wanted)
-
-    def of_sum(self, x: torch.Tensor, more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``x + more``, and its norm."""
+    def forward(
+        self, x: torch.Tensor, more: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The norm of ``x``; with ``more``: ``x + more``, and its norm."""
+        if more is None:
+            return rms_norm(x, self.weight, self.epsilon, self.compile_wanted)
         return add_rms_norm(x, more, self.weight, self.epsilon, self.compile_wanted)
 
 
@@ -53,7 +54,8 @@ def add_and_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x + more``, and what ``norm``, of either implementation, makes of it."""
     if isinstance(norm, RMSNorm):
-        return norm.of_sum(x, more)
+        both: tuple[torch.Tensor, torch.Tensor] = norm(x, more)
+        return both
     total = x + more
     return total, norm(total)
 

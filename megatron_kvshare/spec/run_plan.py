@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config.deepspeed import deepspeed_json
 from megatron_kvshare.config.derive import (
     BatchLayout,
     batch_layout,
@@ -27,7 +29,8 @@ from megatron_kvshare.stages.rank_memory import on_fullest_rank
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """``plan``: the sweeps of training; ``placement``: which stage holds which layers; ``batch``:
-    how a global batch is spread over ``world_size`` processes."""
+    how a global batch is spread over ``world_size`` processes; ``deepspeed``: what
+    ``deepspeed.initialize`` is given as its configuration, None where megatron-core trains."""
 
     config: PretrainConfig
     world_size: int
@@ -35,10 +38,15 @@ class RunPlan:
     plan: ExecutionPlan
     placement: Placement
     batch: BatchLayout
+    deepspeed: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, config: PretrainConfig, world_size: int) -> RunPlan:
-        """``config`` has passed the rules, for so many processes too."""
+        """``config`` has passed the rules, for so many processes too.
+
+        Raises:
+            ConfigError: DeepSpeed's JSON file says something else, or cannot be read.
+        """
         map, how = sharing_map(config.model, config.sharing), recipe(config.sharing)
         return cls(
             config=config,
@@ -47,6 +55,7 @@ class RunPlan:
             plan=training_plan(map, how, config.sharing),
             placement=placement(map, config.parallel),
             batch=batch_layout(config, world_size),
+            deepspeed=deepspeed_json(config, world_size) if config.deepspeed.is_engine else None,
         )
 
     @cached_property

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_kvshare.config import (
     DataConfig,
+    DeepSpeedConfig,
     LogConfig,
     ModelConfig,
     ParallelConfig,
@@ -51,6 +52,7 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def config(self, layout: Layout) -> PretrainConfig:
         sharing = {
@@ -91,6 +93,7 @@ class Case:
             ),
             data=DataConfig(mock_data=True, **self.data),
             train=TrainConfig(**train),
+            deepspeed=DeepSpeedConfig(**self.deepspeed),
             log=LogConfig(),
         )
 

@@ -125,6 +125,7 @@ CONFIG = {
     "launch": 0,
     "derive": 1,
     "rules": 2,
+    "deepspeed": 2,
     "pretrain": 3,
 }
 """Inside ``config/``: from reading to rules. What is on one level knows nothing of each other."""

@@ -6,7 +6,12 @@ from dataclasses import field
 
 from megatron_kvshare.config.fields.data import DataConfig
 from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
-from megatron_kvshare.config.fields.training import CheckpointConfig, LogConfig, TrainConfig
+from megatron_kvshare.config.fields.training import (
+    CheckpointConfig,
+    DeepSpeedConfig,
+    LogConfig,
+    TrainConfig,
+)
 from megatron_kvshare.config.fields.types import SCHEMA, dataclass
 
 
@@ -19,6 +24,7 @@ class PretrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     dry_run: bool = False

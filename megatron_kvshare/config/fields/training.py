@@ -1,4 +1,4 @@
-"""Settings of the optimisation, of checkpoints and of logs."""
+"""Settings of the optimisation, of its engine, of checkpoints and of logs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_kvshare.config.fields.types import (
     Positive,
     Ratio,
     Seed,
+    ZeroStage,
     dataclass,
 )
 
@@ -92,6 +93,36 @@ class TrainConfig:
         if self.lr_warmup_fraction is not None:
             return int(self.lr_warmup_fraction * self.decay_iters)
         return self.lr_warmup_iters
+
+
+@dataclass(frozen=True, kw_only=True, config=SCHEMA)
+class DeepSpeedConfig:
+    """Engine: what trains, megatron-core or DeepSpeed; see docs/deepspeed.md."""
+
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """megatron: megatron-core's data parallelism and optimizer; deepspeed: DeepSpeed's ZeRO."""
+    deepspeed: bool = False
+    """The same as --engine deepspeed."""
+    deepspeed_config: str | None = None
+    """DeepSpeed's JSON file. Settings that it gives hold where no flag does; flags that contradict
+    it are refused."""
+    zero_stage: ZeroStage | None = None
+    """What the data-parallel processes share out: 0 nothing, 1 optimizer state, 2 gradients too, 3
+    weights too; left out: the JSON file's, else 0."""
+    zero_offload: Literal["cpu"] | None = None
+    """Keep the optimizer state in the memory of the host."""
+    load_tag: str | None = None
+    """With --load: the tag (folder) of the DeepSpeed checkpoint to load; left out: the one in the
+    file latest."""
+    universal_checkpoint: bool = False
+    """With --load: the checkpoint is a universal one, made by DeepSpeed's ds_to_universal."""
+    deepspeed_activation_checkpointing: bool = False
+    """The same as --recompute-granularity full."""
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether DeepSpeed trains."""
+        return self.deepspeed or self.engine == "deepspeed"
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)

@@ -20,6 +20,9 @@ Count = Annotated[int, Field(ge=1, le=_INT32)]
 Index = Annotated[int, Field(ge=0, le=_INT32)]
 """A whole number of at least 0."""
 
+ZeroStage = Annotated[int, Field(ge=0, le=3)]
+"""How much the data-parallel processes share out."""
+
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 """A number of layers; maps and plans are made layer by layer."""
 
@@ -67,5 +70,6 @@ __all__ = [
     "Ratio",
     "Seconds",
     "Seed",
+    "ZeroStage",
     "dataclass",
 ]
