@@ -109,24 +109,6 @@ def read_shards(folder: Path) -> list[Shards]:
     return found
 
 
-def is_deepspeed(folder: Path) -> bool:
-    """Whether DeepSpeed has written the tensors of a checkpoint."""
-    return any(_MODEL.fullmatch(path.name) for path in folder.glob("*_model_states.pt"))
-
-
-def check_files(folder: Path) -> None:
-    """Read every file of DeepSpeed's as data, before DeepSpeed unpickles them.
-
-    Raises:
-        CheckpointError: one is damaged or would run code.
-    """
-    models, optimizers = _files(folder)
-    for name in itertools.chain(models, *optimizers):
-        _load(folder, name)
-    for path in folder.glob("zero_pp_rank_*_model_states.pt"):
-        _load(folder, path.name)
-
-
 def _files(folder: Path) -> tuple[list[str], list[list[str]]]:
     """Of each tensor-parallel rank the file of its model, and those of the optimizer in the order
     of the data-parallel ranks."""
@@ -171,8 +153,13 @@ def _load(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(content).__name__}")
         return content
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise _damaged(folder, name, f"it cannot be read as data: {reason}") from error
+        raise damaged_file(folder / name, error) from error
+
+
+def damaged_file(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file that is not what DeepSpeed writes, or that would run code."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return _damaged(path.parent, path.name, f"it cannot be read as data: {reason}")
 
 
 def _damaged(folder: Path, name: str, rule: str) -> CheckpointError:

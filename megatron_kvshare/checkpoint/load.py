@@ -239,7 +239,16 @@ def load_checkpoint(
         optimizer.set_updates(_updates(found.folder, metadata))
     else:
         optimizer.follow_weights()
+    restore_generators(found, state, metadata)
+
+
+def restore_generators(
+    found: Found, state: ParallelState, metadata: Metadata | None = None
+) -> None:
+    """Set the random number generators of this rank, where the checkpoint is to tell them;
+    ``metadata``: of its folder, if it is known."""
     if found.take_random_state:
+        metadata = metadata or read_metadata(found.folder)
         set_random_state(_random_state(found.folder, metadata, state), state.platform.device)
 
 

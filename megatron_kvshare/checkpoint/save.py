@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_kvshare.checkpoint import folder as folders
 from megatron_kvshare.checkpoint.folder import KEEP_ALL, Keep, remove_superseded
 from megatron_kvshare.checkpoint.integrity import mark_files
-from megatron_kvshare.checkpoint.manifest import Manifest
+from megatron_kvshare.checkpoint.manifest import Layout, Manifest
 from megatron_kvshare.checkpoint.parts import (
     RANDOM_STATE,
     UPDATES,
@@ -39,13 +39,20 @@ Check = Callable[[], None]
 """Raises OwnershipError where the folder has become another run's."""
 
 
-Beside = Callable[[Path], None]
-"""Writes files of another form than ours into a folder, on all ranks; raises OSError on all of them
-where one cannot."""
-
-
 def nobody_else() -> None:
     """The check of a folder that nobody else knows of."""
+
+
+class Content(NamedTuple):
+    """What this rank has for a checkpoint: ``parts`` of tensors, views of the memory that training
+    goes on with, and files of another ``layout`` than ours, which ``beside`` writes into a folder.
+
+    All ranks call ``beside``; it raises OSError on all of them where one cannot write.
+    """
+
+    parts: Sequence[Part]
+    layout: Layout = "native"
+    beside: Callable[[Path], None] | None = None
 
 
 class Written(NamedTuple):
@@ -76,30 +83,43 @@ def save_checkpoint(
 
 def content(
     models: Sequence[KVShareGPT], optimizer: OptimizerState | None, state: ParallelState
-) -> list[Part]:
-    """What this rank writes into a checkpoint: views of the memory that training goes on with."""
+) -> Content:
+    """All of it as parts of tensors, without optimizer state if there is none."""
     parts = weight_parts(models, state)
     if optimizer is not None:
         parts += optimizer_parts(optimizer, models, state)
-        count = torch.tensor([optimizer.updates])
-        parts += single_parts("", {UPDATES: count}, ours=state.is_first)
-    generators = random_state(state.platform.device)
-    parts += single_parts(f"{RANDOM_STATE}{state.rank}.", generators)
-    return [part for part in parts if part.ours]
+        parts += _updates(optimizer, state)
+    return Content([part for part in (*parts, *_generators(state)) if part.ours])
+
+
+def content_beside(
+    write: Callable[[Path], None], optimizer: OptimizerState, state: ParallelState
+) -> Content:
+    """Weights and optimizer state in files that DeepSpeed writes (``write``), the rest as parts."""
+    parts = [*_updates(optimizer, state), *_generators(state)]
+    return Content([part for part in parts if part.ours], "deepspeed", write)
+
+
+def _updates(optimizer: OptimizerState, state: ParallelState) -> list[Part]:
+    count = torch.tensor([optimizer.updates])
+    return single_parts("", {UPDATES: count}, ours=state.is_first)
+
+
+def _generators(state: ParallelState) -> list[Part]:
+    return single_parts(f"{RANDOM_STATE}{state.rank}.", random_state(state.platform.device))
 
 
 def write_checkpoint(
     root: Path,
     manifest: Manifest,
-    parts: Sequence[Part],
+    content: Content,
     state: ParallelState,
     group: dist.ProcessGroup | None = None,
     keep: Keep = KEEP_ALL,
     check: Check = nobody_else,
-    beside: Beside | None = None,
 ) -> Written:
-    """Write the ``parts`` of all ranks as the checkpoint of the manifest's step, with what
-    ``beside`` writes into its folder; then ``keep`` says which older ones stay.
+    """Write the ``content`` of all ranks as the checkpoint of the manifest's step; then ``keep``
+    says which older ones stay.
 
     All ranks call this; they talk in ``group``, None: the group of the job. ``check`` is asked on
     the first rank before anything is touched that has a name.
@@ -109,15 +129,15 @@ def write_checkpoint(
         OwnershipError: the same, because ``check`` says that the folder is another run's.
     """
     step = manifest.progress.step
-    target = folders.iteration_folder(root, step, manifest.layout)
+    target = folders.iteration_folder(root, step, content.layout)
     once = partial(_on_first_rank, state=state, group=group)
     aside: Path | None = None
     try:
         aside = Path(once(lambda: _begin(target, check)))
-        write_parts(parts, aside, group)
-        if beside is not None:
-            beside(aside)
-        marked = replace(manifest, files=mark_files(aside, state, group))
+        write_parts(content.parts, aside, group)
+        if content.beside is not None:
+            content.beside(aside)
+        marked = replace(manifest, layout=content.layout, files=mark_files(aside, state, group))
         once(lambda: _complete(marked, aside, target, check))
         warnings = once(lambda: _tidy(root, step, keep, check))
     except (OSError, OwnershipError) as error:  # not what communication raises: a lost rank
@@ -190,25 +210,20 @@ class Saver:
         self._thread: threading.Thread | None = None
 
     def save(
-        self,
-        manifest: Manifest,
-        parts: Sequence[Part],
-        remove_older: bool = True,
-        beside: Beside | None = None,
+        self, manifest: Manifest, content: Content, remove_older: bool = True
     ) -> Written | None:
-        """Write ``parts``; None if that has only begun. ``parts`` may change after the return.
+        """Write ``content``; None if that has only begun. It may change after the return.
 
-        ``remove_older``: then remove the checkpoints that the settings let go. ``beside``: as in
-        :func:`write_checkpoint`; such a save is never beside the training.
+        ``remove_older``: then remove the checkpoints that the settings let go.
 
         Raises:
             CheckpointError: on all ranks; earlier checkpoints are intact.
         """
         assert self._running is None, "finish the save before"
         keep = self._keep if remove_older else KEEP_ALL
-        if self._group is None or beside is not None:
-            return self._write(manifest, parts, keep, beside)
-        copies = self._copied(parts)
+        if self._group is None or content.beside is not None:  # who writes that has no copies
+            return self._write(manifest, content, keep)
+        copies = content._replace(parts=self._copied(content.parts))
         self._running = Future()
         self._thread = threading.Thread(
             target=self._run, args=(self._running, manifest, copies, keep), name="save", daemon=True
@@ -249,22 +264,16 @@ class Saver:
         self._copies.clear()
 
     def _run(
-        self, running: Future[Written], manifest: Manifest, parts: Sequence[Part], keep: Keep
+        self, running: Future[Written], manifest: Manifest, content: Content, keep: Keep
     ) -> None:
         try:
-            running.set_result(self._write(manifest, parts, keep))
+            running.set_result(self._write(manifest, content, keep))
         except BaseException as error:  # told by finish()
             running.set_exception(error)
 
-    def _write(
-        self,
-        manifest: Manifest,
-        parts: Sequence[Part],
-        keep: Keep,
-        beside: Beside | None = None,
-    ) -> Written:
-        how = (self._state, self._group, keep, self._check, beside)
-        return write_checkpoint(self._root, manifest, parts, *how)
+    def _write(self, manifest: Manifest, content: Content, keep: Keep) -> Written:
+        how = (self._state, self._group, keep, self._check)
+        return write_checkpoint(self._root, manifest, content, *how)
 
     def _copied(self, parts: Sequence[Part]) -> list[Part]:
         """Copies in host memory, which is kept: finding new memory costs more than copying."""

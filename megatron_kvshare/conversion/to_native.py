@@ -12,7 +12,7 @@ import torch
 from megatron_kvshare.checkpoint.parts import Part, single_parts
 from megatron_kvshare.checkpoint.pickles import damaged
 from megatron_kvshare.checkpoint.reader import StoredModel
-from megatron_kvshare.checkpoint.save import write_checkpoint
+from megatron_kvshare.checkpoint.save import Content, write_checkpoint
 from megatron_kvshare.checkpoint.tensors import NativeTensors, StoredTensors, stored_tensors
 from megatron_kvshare.errors import CheckpointError, Fault
 from megatron_kvshare.megatron_api.parallel import ParallelState
@@ -45,13 +45,11 @@ def to_native(stored: StoredModel, save: Path, state: ParallelState) -> Rewritte
         **dict.fromkeys(beside.tensors, beside),
         **dict.fromkeys(original.tensors, original),
     }
-    manifest = replace(
-        stored.manifest, layout="native", tensor_parallel=1, data_parallel=1, pipeline_parallel=1
-    )
+    manifest = replace(stored.manifest, tensor_parallel=1, data_parallel=1, pipeline_parallel=1)
     parts: list[Part] = []
     for name, source in sources.items():
         parts += single_parts("", {name: source.read(name)})
-    written = write_checkpoint(save, manifest, parts, state)
+    written = write_checkpoint(save, manifest, Content(parts), state)
     _prove(sources, written.folder)
     return Rewritten(written.folder, len(sources))
 

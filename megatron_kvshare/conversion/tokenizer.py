@@ -54,14 +54,16 @@ def _copied(tokenizer: HuggingFaceTokenizer, source: Path, folder: Path) -> Writ
     settings: dict[str, Any] = {}
     if (origin / "tokenizer_config.json").is_file():
         settings = read_json(origin / "tokenizer_config.json")
-    kept = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length", "chat_template")
+    tokens = ("bos_token", "eos_token", "unk_token", "pad_token")
+    kept = (*tokens, "model_max_length", "chat_template", "split_special_tokens")
     settings = {name: _text(settings[name]) for name in kept if settings.get(name) is not None}
     settings |= tokenizer.named
     added = {token["content"] for token in content.get("added_tokens", ())}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        if settings.get(name) not in added:
-            # transformers would add it as a token of its own, and find it in texts.
-            settings.pop(name, None)
+    if not settings.get("split_special_tokens"):
+        for name in tokens:
+            if settings.get(name) not in added:
+                # transformers would add it as a token of its own, and find it in texts.
+                settings.pop(name, None)
     for extra in ("chat_template.jinja",):
         if (origin / extra).is_file():
             shutil.copyfile(origin / extra, folder / extra)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_kvshare.checkpoint.load import Found, load_checkpoint
-from megatron_kvshare.checkpoint.parts import Part
-from megatron_kvshare.checkpoint.save import content
+from megatron_kvshare.checkpoint.load import Found, load_checkpoint, restore_generators
+from megatron_kvshare.checkpoint.save import Content, content, content_beside
 from megatron_kvshare.config import TrainConfig
 from megatron_kvshare.data.train_data import Batch
 from megatron_kvshare.engines.zero import (
@@ -59,6 +59,8 @@ class DeepSpeedEngine:
         sum_over_sequence_ranks(self.weights, state)
         adamw = build_adamw(self.weights, train)
         self._deepspeed = imported_deepspeed(state.platform)
+        from megatron_kvshare.engines import deepspeed_files  # imports DeepSpeed
+
         self.engine, zero, _, _ = self._deepspeed.initialize(
             model=Trained(stage),
             optimizer=adamw,
@@ -66,6 +68,9 @@ class DeepSpeedEngine:
             config=planned.deepspeed,
             dist_init_required=False if self._deepspeed.comm.is_initialized() else None,
         )
+        self._stage = int(self.engine.zero_optimization_stage())
+        self._files = self.engine.checkpoint_engine = deepspeed_files.DataFiles()
+        self._client_state = deepspeed_files.client_state(stage)
         self.shares = shares_of(self.engine, zero, adamw, self.weights)
         self.scheduler = build_scheduler(adamw, train)
         self.chunk = StageChunk(self.engine, None, None)
@@ -139,10 +144,47 @@ class DeepSpeedEngine:
         self.engine.step()
         self._has_gradients = False
 
-    def state_shards(self, with_optimizer: bool) -> list[Part]:
-        return content(self.stages, self.shares if with_optimizer else None, self._state)
+    @contextlib.contextmanager
+    def state_shards(self, with_optimizer: bool) -> Iterator[Content]:
+        if with_optimizer:
+            yield content_beside(self._write, self.shares, self._state)
+        else:  # DeepSpeed writes no weights alone
+            with self.whole_weights():
+                yield content(self.stages, None, self._state)
+
+    def _write(self, folder: Path) -> None:
+        """DeepSpeed's own files into ``folder``, and its converter beside it."""
+        self.engine.save_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
+            client_state=self._client_state,
+            save_latest=False,
+        )
+        self._files.require_success(self._state)
 
     def load(self, found: Found) -> None:
+        """By DeepSpeed from what it wrote on as many ranks at the same stage; else by name."""
+        if not self._has_same_shards(found):
+            self._load_by_name(found)
+            return
+        path, _ = self.engine.load_checkpoint(
+            str(found.folder.parent), tag=found.folder.name, load_lr_scheduler_states=False
+        )
+        assert path is not None, "its files have been checked"
+        restore_generators(found, self._state)
+
+    def _has_same_shards(self, found: Found) -> bool:
+        manifest, state = found.manifest, self._state
+        stored = (manifest.tensor_parallel, manifest.data_parallel)
+        settings = {"zero_stage": self._stage, "bf16": self.weights[0].dtype == torch.bfloat16}
+        return (
+            manifest.layout == "deepspeed"
+            and found.take_optimizer
+            and stored == (state.tp_size, state.dp_size)
+            and all(manifest.config.get(name) == each for name, each in settings.items())
+        )
+
+    def _load_by_name(self, found: Found) -> None:
         with self._deepspeed.zero.GatheredParameters(self.weights, modifier_rank=0):
             load_checkpoint(found, self.stages, self.shares, self._state)
             if self.weights[0].dtype == torch.float32:
@@ -165,10 +207,14 @@ class Trained(nn.Module):
             holds_weights = next(module.parameters(recurse=False), None) is not None
             if holds_weights or isinstance(module, OutputHead):  # a tied one uses the embedding's
                 self._modules[name] = module
-        self._run = stage.__call__  # the model itself is no child
+        self._run, self._load = stage.__call__, stage.load_state_dict  # the model is no child
 
     def forward(self, *batch: Any, **how: Any) -> Any:
         return self._run(*batch, **how)
+
+    def load_state_dict(self, *state: Any, **how: Any) -> Any:
+        """torch takes names apart at their dots; here a module has several in its name."""
+        return self._load(*state, **how)
 
 
 class Ranks:

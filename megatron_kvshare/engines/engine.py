@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from megatron_kvshare.checkpoint.load import Found
-from megatron_kvshare.checkpoint.parts import Part
+from megatron_kvshare.checkpoint.save import Content
 from megatron_kvshare.data.train_data import Batch
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.pipeline.runner import Pass, Sums
@@ -36,7 +36,7 @@ class Engine(Protocol):
         ...
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """``stages`` hold their whole weights inside, to evaluate or to save."""
+        """``stages`` hold their whole weights inside, to evaluate."""
         ...
 
     def set_learning_rate(self, step: int) -> float:
@@ -51,9 +51,8 @@ class Engine(Protocol):
         """Clip by the ``grad_norm`` that :meth:`gradient_norm` returned and take the step."""
         ...
 
-    def state_shards(self, with_optimizer: bool) -> list[Part]:
-        """What this rank writes into a checkpoint: views of the memory that training goes on
-        with; to be called inside :meth:`whole_weights`."""
+    def state_shards(self, with_optimizer: bool) -> AbstractContextManager[Content]:
+        """Inside, what this rank has for a checkpoint, to be written or copied there."""
         ...
 
     def load(self, found: Found) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_kvshare.checkpoint.load import Found, load_checkpoint
-from megatron_kvshare.checkpoint.parts import Part
-from megatron_kvshare.checkpoint.save import content
+from megatron_kvshare.checkpoint.save import Content, content
 from megatron_kvshare.data.train_data import Batch
 from megatron_kvshare.megatron_api.optimizer import (
     build_optimizer,
@@ -78,9 +77,11 @@ class MegatronEngine:
     def update(self, grad_norm: float) -> None:
         update_parameters(self.models, self.optimizer, self._clip_grad, grad_norm)
 
-    def state_shards(self, with_optimizer: bool) -> list[Part]:
+    @contextlib.contextmanager
+    def state_shards(self, with_optimizer: bool) -> Iterator[Content]:
         optimizer = self._optimizer_state if with_optimizer else None
-        return content(self.stages, optimizer, self._state)
+        with self.whole_weights():
+            yield content(self.stages, optimizer, self._state)
 
     def load(self, found: Found) -> None:
         load_checkpoint(found, self.stages, self._optimizer_state, self._state)

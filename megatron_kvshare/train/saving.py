@@ -36,9 +36,8 @@ def save(run: Run, last: bool = False, remove_older: bool = True) -> None:
     assert run.saver is not None
     settle(run, wait=True, last=last)
     with _failures(run, last):
-        with run.engine.whole_weights():
-            parts = run.engine.state_shards(not run.config.checkpoint.no_save_optim)
-            written = run.saver.save(_manifest(run), parts, remove_older)
+        with run.engine.state_shards(not run.config.checkpoint.no_save_optim) as content:
+            written = run.saver.save(_manifest(run), content, remove_older)
         _note(run, written)
     if last:
         settle(run, wait=True, last=True)

@@ -273,3 +273,21 @@ def test_converters_to_gguf_are_told_what_training_adds(kind, original, tmp_path
     assert settings.get("add_prefix_space", True) is True
     content = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
     assert content["post_processor"] is None
+
+
+def test_special_tokens_that_are_pieces_of_sentencepiece(tmp_path: Path) -> None:
+    """An export of ours, imported and exported again: its begin and end are plain pieces, which
+    transformers is told not to find in texts."""
+    transformers = pytest.importorskip("transformers")
+    first, second = tmp_path / "first", tmp_path / "second"
+    about = written(train(tmp_path / "tokenizer.model", **BPE), tmp_path / "tokenizer.model", first)
+    again = written(HuggingFaceTokenizer(first), first, second)
+    assert again.ids == about.ids and about.eos is not None
+    one, two = (
+        transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        for folder in (first, second)
+    )
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id"):
+        assert getattr(one, name) == getattr(two, name) is not None
+    for text in (*WORDS[:5], "it ends with </s> and begins with <s>"):
+        assert one(text)["input_ids"] == two(text)["input_ids"]
