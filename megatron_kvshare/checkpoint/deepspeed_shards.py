@@ -104,8 +104,9 @@ def read_shards(folder: Path) -> list[Shards]:
         try:
             found.append(_shards(model, parts))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            rule = f"it is not what DeepSpeed writes: {type(error).__name__}: {error}"
-            raise _damaged(folder, models[rank], rule) from error
+            names = ", ".join([models[rank], *optimizers[rank][:_SHOWN]])
+            rule = f"they are not what DeepSpeed writes: {type(error).__name__}: {error}"
+            raise _damaged(folder, names, rule) from error
     return found
 
 
