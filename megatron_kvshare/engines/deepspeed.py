@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -61,14 +61,17 @@ class DeepSpeedEngine:
         self._deepspeed = imported_deepspeed(state.platform)
         from megatron_kvshare.engines import deepspeed_files  # imports DeepSpeed
 
+        model = Trained(stage)
         self.engine, zero, _, _ = self._deepspeed.initialize(
-            model=Trained(stage),
+            model=model,
             optimizer=adamw,
             mpu=Ranks(state),
             config=planned.deepspeed,
             dist_init_required=False if self._deepspeed.comm.is_initialized() else None,
         )
         self._stage = int(self.engine.zero_optimization_stage())
+        if self._stage == 3:
+            model.release = zero.parameter_offload.post_sub_module_backward_function
         self._files = self.engine.checkpoint_engine = deepspeed_files.DataFiles()
         self._client_state = deepspeed_files.client_state(stage)
         self.shares = shares_of(self.engine, zero, adamw, self.weights)
@@ -207,7 +210,9 @@ class Trained(nn.Module):
             holds_weights = next(module.parameters(recurse=False), None) is not None
             if holds_weights or isinstance(module, OutputHead):  # a tied one uses the embedding's
                 self._modules[name] = module
+                module.post_bwd_fn = Uses(module, self)  # in the place of DeepSpeed's
         self._run, self._load = stage.__call__, stage.load_state_dict  # the model is no child
+        self.release: Callable[[nn.Module], None] | None = None
 
     def forward(self, *batch: Any, **how: Any) -> Any:
         return self._run(*batch, **how)
@@ -215,6 +220,56 @@ class Trained(nn.Module):
     def load_state_dict(self, *state: Any, **how: Any) -> Any:
         """torch takes names apart at their dots; here a module has several in its name."""
         return self._load(*state, **how)
+
+
+class Use:
+    """One call of a module, until backward has been through it: ``inputs`` whose gradients are to
+    come."""
+
+    def __init__(self, module: nn.Module, model: Trained) -> None:
+        self.module, self.model = module, model
+        self.inputs = 0
+
+    def has_gradient(self) -> None:
+        """Of one more input."""
+        self.inputs -= 1
+        if self.inputs == 0:
+            assert self.model.release is not None
+            self.model.release(self.module)
+
+
+class Uses:
+    """By whose ``apply`` DeepSpeed's ZeRO 3 passes every tensor that enters a module, to release
+    the weights when backward has come out of it.
+
+    Its own counts tensors for the last call only: a module that runs several times would keep its
+    weights from the second backward through it on.
+    """
+
+    def __init__(self, module: nn.Module, model: Trained) -> None:
+        self._module, self._model = module, model
+
+    def apply(self, entering: torch.Tensor) -> torch.Tensor:
+        if not (entering.requires_grad and torch.is_grad_enabled()):
+            return entering
+        if self._module.ds_grads_remaining == 0:  # which DeepSpeed sets where a call begins
+            self._use = Use(self._module, self._model)
+        self._module.ds_grads_remaining += 1
+        self._use.inputs += 1
+        through: torch.Tensor = _Through.apply(entering, self._use)
+        return through
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, entering: torch.Tensor, use: Use) -> torch.Tensor:
+        ctx.use = use
+        return entering.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.use.has_gradient()
+        return gradient, None
 
 
 class Ranks:
@@ -280,8 +335,10 @@ def imported_deepspeed(platform: Platform) -> ModuleType:
         handler.setStream(sys.stderr)
     # It calls collectives by names that newer versions of torch take for old ones.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
-    # Collectives through shared memory, which it would compile at the start of every CPU run.
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not platform.is_gpu:
+        # Or it would run a compiler to see what it could compile, and then compile collectives
+        # through shared memory.
+        ops.__compatible_ops__ = {}
     return deepspeed
 
 

@@ -55,11 +55,11 @@ def outcome(run: Run, results: list[Any]) -> Outcome:
 
 class Held(NamedTuple):
     """Elements on one rank after a step: of all its local weights, of those that are whole between
-    two steps, of the gradients and of AdamW's two moments."""
+    two steps, of those that this rank updates, and of AdamW's two moments."""
 
     weights: int
     whole: int
-    gradients: int
+    updated: int
     moments: int
 
 

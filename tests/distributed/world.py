@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -235,5 +236,15 @@ class Groups:
         parallel.destroy()
         self.state = None
         gc.collect()  # what the last job left in cycles holds groups, and each its threads
+        renumber_zero_modules()
         os.environ.update({"WORLD_SIZE": str(layout.world_size), "MASTER_PORT": str(port)})
         self.state = parallel.initialize(layout.tensor, layout.pipeline, layout.virtual)
+
+
+def renumber_zero_modules() -> None:
+    """DeepSpeed numbers what ZeRO 3 divides throughout a process, and compares numbers over ranks:
+    not all of ours have had the same jobs."""
+    offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if offload is not None:
+        (last,) = offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+        last[0] = offload.Init.param_id = 0

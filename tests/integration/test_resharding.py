@@ -14,8 +14,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from megatron_kvshare.checkpoint.folder import iteration_folder
+from megatron_kvshare.checkpoint.manifest import read_manifest
 from megatron_kvshare.checkpoint.parts import OPTIMIZER, RANDOM_STATE, UPDATES
-from megatron_kvshare.checkpoint.tensors import NativeTensors
+from megatron_kvshare.checkpoint.tensors import NativeTensors, stored_tensors
 from tests.distributed.world import Layout, World
 from tests.integration.pretrain_jobs import (
     MAPS,
@@ -25,24 +27,31 @@ from tests.integration.pretrain_jobs import (
     set_latest,
 )
 
+ZERO = Path(__file__).parents[1] / "zero.json"
 VOCABULARY = ["--vocab-size", "101"]
 """Odd: padded otherwise on every layout."""
 
 
 class Side(NamedTuple):
-    """How a run is laid out; `distributed`: with the distributed optimizer."""
+    """How a run is laid out; `distributed`: with the distributed optimizer; `zero`: by DeepSpeed,
+    this stage of it."""
 
     layout: Layout = Layout()
     distributed: bool = False
     bf16: bool = False
+    zero: int | None = None
 
     @property
     def flags(self) -> list[str]:
-        distributed = ["--use-distributed-optimizer"] if self.distributed else []
-        return distributed + (["--bf16"] if self.bf16 else [])
+        flags = ["--use-distributed-optimizer"] if self.distributed else []
+        if self.zero is not None:
+            flags += ["--deepspeed", "--deepspeed_config", str(ZERO)]
+            flags += ["--zero-stage", str(self.zero)]
+        return flags + (["--bf16"] if self.bf16 else [])
 
     def __str__(self) -> str:
-        return f"{self.layout}{'-distributed' * self.distributed}{'-bf16' * self.bf16}"
+        zero = "" if self.zero is None else f"-zero{self.zero}"
+        return f"{self.layout}{'-distributed' * self.distributed}{zero}{'-bf16' * self.bf16}"
 
 
 class Saved(NamedTuple):
@@ -87,9 +96,15 @@ def go_on(world: World, found: Saved, name: str, side: Side, folder: Path) -> Sa
 
 def state_of(folder: Path, step: int = 3) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds but the random state, which belongs to ranks."""
-    stored = NativeTensors(folder / f"iter_{step:07d}")
-    names = [name for name in stored.tensors if not name.startswith(RANDOM_STATE)]
-    return {name: stored.read(name) for name in names}
+    inside = iteration_folder(folder, step)
+    # Of DeepSpeed's layout the count of updates is apart.
+    sources = (NativeTensors(inside), stored_tensors(inside, read_manifest(inside)))
+    return {
+        name: source.read(name)
+        for source in sources
+        for name in source.tensors
+        if not name.startswith(RANDOM_STATE)
+    }
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
@@ -103,12 +118,18 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 ONE, DP2 = Side(), Side(Layout(data=2), distributed=True)
+ZERO2, ZERO3 = (Side(Layout(data=2), zero=stage) for stage in (2, 3))
 TP2_PP2 = Layout(tensor=2, pipeline=2)
 
 
 @pytest.mark.parametrize(
     ("name", "side"),
-    [("standard", Side(Layout(pipeline=2), distributed=True)), ("bottom", DP2), ("cyclic", DP2)],
+    [
+        ("standard", Side(Layout(pipeline=2), distributed=True)),
+        ("bottom", DP2),
+        ("cyclic", DP2),
+        ("cyclic", ZERO2),
+    ],
     ids=str,
 )
 def test_a_resume_on_the_same_layout_is_bit_identical(
@@ -128,6 +149,9 @@ def test_a_resume_on_the_same_layout_is_bit_identical(
         (DP2, ONE),
         (Side(TP2_PP2), Side(Layout(data=4), distributed=True)),
         (DP2, Side(Layout(pipeline=2, virtual=2))),
+        (ZERO2, Side(Layout(data=4), zero=3)),
+        (ZERO3, ONE),
+        (DP2, Side(Layout(tensor=2, data=2, sequence_parallel=True), zero=1)),
     ],
     ids=str,
 )
@@ -163,6 +187,12 @@ LAYOUTS = [
     TP2_PP2,
 ]
 SIDES = [Side(layout, distributed) for layout in LAYOUTS for distributed in (False, True)]
+SIDES += [
+    Side(Layout(data=2), zero=1),
+    ZERO2,
+    Side(Layout(data=4), zero=3),
+    Side(Layout(tensor=2, data=2, sequence_parallel=True), zero=3),
+]
 
 
 @pytest.mark.nightly
@@ -177,6 +207,14 @@ def test_every_pair_of_layouts(
     ("half", "full"),
     [
         (DP2._replace(bf16=True), Side(Layout(pipeline=2))),
+        *(
+            pytest.param(
+                Side(Layout(data=2), bf16=True, zero=zero),
+                ZERO3,
+                marks=pytest.mark.nightly,
+            )
+            for zero in (1, 2, 3)
+        ),
         pytest.param(
             Side(Layout(tensor=2), bf16=True),
             Side(Layout(data=2), distributed=True),
