@@ -32,9 +32,10 @@ def run(argv: Sequence[str]) -> int:
     completed = partial(with_recipe_of_checkpoint, say=_note)
     with told_once():
         config = parse_pretrain(argv, completed=completed, starts=True)
-    planned = RunPlan.of(config, world_size(config))
+        planned = RunPlan.of(config, world_size(config))
+    config = planned.config
     if speaks():
-        for warning in pretrain_warnings(config, planned.plan.map):
+        for warning in (*pretrain_warnings(config, planned.plan.map), *planned.warnings):
             complain(f"warning: {warning}")
     # torch and megatron-core take seconds to import: not before the configuration is right.
     if config.dry_run:

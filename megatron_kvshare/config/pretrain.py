@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from megatron_kvshare.config.deepspeed import DEEPSPEED_RULES, agree
 from megatron_kvshare.config.derive import batch_layout
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
 from megatron_kvshare.config.flags.command_line import Command, parse
@@ -79,6 +80,17 @@ def parse_pretrain(
         ConfigError: with every fault at once.
     """
 
+    def completed_by_files(
+        config: PretrainConfig, given: Mapping[str, str]
+    ) -> tuple[PretrainConfig, Sequence[Fault]]:
+        if completed is not None:
+            config = completed(config)
+        if not config.deepspeed.is_engine:
+            return config, ()
+        known = not any(number_faults(environ))
+        agreement = agree(config, given, world_size(config, environ) if known else None)
+        return agreement.config, agreement.faults
+
     def launch_fits(config: PretrainConfig) -> Iterable[Fault]:
         whole = starts and not config.dry_run
         return launch_faults(environ) if whole else number_faults(environ)
@@ -99,9 +111,9 @@ def parse_pretrain(
         prog="kvshare pretrain",
         description=_DESCRIPTION,
         examples=_EXAMPLES,
-        rules=(*_LAYOUT_RULES, *RUN_RULES, *processes),
+        rules=(*_LAYOUT_RULES, *RUN_RULES, *DEEPSPEED_RULES, *processes),
         megatron=MEGATRON_FLAGS,
-        completed=completed,
+        completed=completed_by_files,
     )
     return parse(PretrainConfig, argv, command)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_kvshare.config import PretrainConfig
-from megatron_kvshare.config.deepspeed import deepspeed_json
+from megatron_kvshare.config.deepspeed import told
 from megatron_kvshare.config.derive import (
     BatchLayout,
     batch_layout,
@@ -30,7 +30,8 @@ from megatron_kvshare.stages.rank_memory import on_fullest_rank
 class RunPlan:
     """``plan``: the sweeps of training; ``placement``: which stage holds which layers; ``batch``:
     how a global batch is spread over ``world_size`` processes; ``deepspeed``: what
-    ``deepspeed.initialize`` is given as its configuration, None where megatron-core trains."""
+    ``deepspeed.initialize`` is given as its configuration, None where megatron-core trains;
+    ``warnings``: of what its file says, one sentence each."""
 
     config: PretrainConfig
     world_size: int
@@ -39,6 +40,7 @@ class RunPlan:
     placement: Placement
     batch: BatchLayout
     deepspeed: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: PretrainConfig, world_size: int) -> RunPlan:
@@ -47,6 +49,8 @@ class RunPlan:
         Raises:
             ConfigError: DeepSpeed's JSON file says something else, or cannot be read.
         """
+        engine = told(config, world_size) if config.deepspeed.is_engine else None
+        config = config if engine is None else engine.config
         map, how = sharing_map(config.model, config.sharing), recipe(config.sharing)
         return cls(
             config=config,
@@ -55,7 +59,8 @@ class RunPlan:
             plan=training_plan(map, how, config.sharing),
             placement=placement(map, config.parallel),
             batch=batch_layout(config, world_size),
-            deepspeed=deepspeed_json(config, world_size) if config.deepspeed.is_engine else None,
+            deepspeed=None if engine is None else engine.json,
+            warnings=() if engine is None else engine.warnings,
         )
 
     @cached_property
