@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron_kvshare.config.deepspeed import DEEPSPEED_RULES, agree
+from megatron_kvshare.config.deepspeed import DEEPSPEED_RULES, ENGINE_RULES, agree, all_given
 from megatron_kvshare.config.derive import batch_layout
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
 from megatron_kvshare.config.flags.command_line import Command, parse
@@ -121,8 +121,11 @@ def parse_pretrain(
 def layout_faults(config: PretrainConfig, world_size: int) -> list[Fault]:
     """What is wrong with running on ``world_size`` processes, were the configuration checked before
     its model, recipe, parallelism or batch were changed."""
-    faults = list(broken((*_LAYOUT_RULES, batch_fits), config, frozenset()))
-    return faults or _process_faults(config, world_size)
+    rules = (*_LAYOUT_RULES, *ENGINE_RULES, batch_fits)
+    faults = list(broken(rules, config, frozenset())) or _process_faults(config, world_size)
+    if not faults and config.deepspeed.is_engine:
+        faults = list(agree(config, all_given(), world_size).faults)
+    return faults
 
 
 def _process_faults(config: PretrainConfig, world_size: int) -> list[Fault]:

@@ -8,8 +8,18 @@ compares the table with the installed one.
 
 from __future__ import annotations
 
-from megatron_kvshare.config.deepspeed.agreed import Agreement, agree
-from megatron_kvshare.config.deepspeed.rules import DEEPSPEED_RULES
-from megatron_kvshare.config.deepspeed.told import Told, deepspeed_json, told
+from megatron_kvshare.config.deepspeed.agreed import Agreement, agree, all_given
+from megatron_kvshare.config.deepspeed.rules import DEEPSPEED_RULES, ENGINE_RULES
+from megatron_kvshare.config.deepspeed.told import Told, deepspeed_json, told, zero_of
 
-__all__ = ["DEEPSPEED_RULES", "Agreement", "Told", "agree", "deepspeed_json", "told"]
+__all__ = [
+    "DEEPSPEED_RULES",
+    "ENGINE_RULES",
+    "Agreement",
+    "Told",
+    "agree",
+    "all_given",
+    "deepspeed_json",
+    "told",
+    "zero_of",
+]

@@ -54,6 +54,13 @@ def agree(
     return Agreement(settling.config, checked, faults, tuple(_warnings(settling.config, checked)))
 
 
+def all_given() -> dict[str, str]:
+    """All settings by name, and their flags; but for the name of the engine, which is left open
+    where another flag says it."""
+    settings = settings_of(PretrainConfig)
+    return {each.name: each.flag for each in settings if each.name != "engine"}
+
+
 def _stage(config: PretrainConfig, content: Mapping[str, Any]) -> int | None:
     """Of ZeRO, as the file says or else the flag; None where it says what is no stage."""
     zero = content.get("zero_optimization", {})

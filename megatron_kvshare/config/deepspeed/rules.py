@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import PurePath
+from typing import Protocol
 
 from megatron_kvshare.config.derive import SIZE_FLAG
+from megatron_kvshare.config.fields.model import ParallelConfig
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
+from megatron_kvshare.config.fields.training import DeepSpeedConfig
 from megatron_kvshare.config.flags.rule import rule
 from megatron_kvshare.config.flags.settings import flag_of
 from megatron_kvshare.errors import Fault
@@ -22,8 +25,17 @@ _DETAILS = (
 )
 
 
+class HasEngine(Protocol):
+    """A configuration with an engine and a parallel layout."""
+
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def deepspeed(self) -> DeepSpeedConfig: ...
+
+
 @rule(f"engine deepspeed {' '.join(_DETAILS)}")
-def engine_is_asked_for(config: PretrainConfig) -> Iterator[Fault]:
+def engine_is_asked_for(config: HasEngine) -> Iterator[Fault]:
     """What only DeepSpeed does needs DeepSpeed."""
     settings = config.deepspeed
     if settings.is_engine:
@@ -45,7 +57,7 @@ def deepspeed_is_there(config: PretrainConfig) -> Iterator[Fault]:
 
 
 @rule("engine deepspeed pipeline_model_parallel_size")
-def stages_are_not_pipelined(config: PretrainConfig) -> Iterator[Fault]:
+def stages_are_not_pipelined(config: HasEngine) -> Iterator[Fault]:
     """ZeRO spreads what pipeline stages would."""
     ranks = config.parallel.pipeline_model_parallel_size
     if config.deepspeed.is_engine and ranks > 1:
@@ -55,7 +67,7 @@ def stages_are_not_pipelined(config: PretrainConfig) -> Iterator[Fault]:
 
 
 @rule("engine deepspeed use_distributed_optimizer overlap_grad_reduce overlap_param_gather")
-def shards_by_zero(config: PretrainConfig) -> Iterator[Fault]:
+def shards_by_zero(config: HasEngine) -> Iterator[Fault]:
     """Megatron-core's data parallelism is not used."""
     instead = {
         "use_distributed_optimizer": "use --zero-stage 1",
@@ -88,10 +100,6 @@ def _is_name(text: str) -> bool:
     return text not in ("", ".", "..") and PurePath(text).name == text and "\0" not in text
 
 
-DEEPSPEED_RULES = (
-    engine_is_asked_for,
-    deepspeed_is_there,
-    stages_are_not_pipelined,
-    shards_by_zero,
-    loading_is_named,
-)
+ENGINE_RULES = (engine_is_asked_for, stages_are_not_pipelined, shards_by_zero)
+"""Of the engine itself, wherever it is planned for."""
+DEEPSPEED_RULES = (*ENGINE_RULES, deepspeed_is_there, loading_is_named)

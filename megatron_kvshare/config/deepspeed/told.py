@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from megatron_kvshare.config.deepspeed.agreed import Agreement, agree
+from megatron_kvshare.config.deepspeed.agreed import Agreement, agree, all_given
 from megatron_kvshare.config.deepspeed.check import Checked
 from megatron_kvshare.config.deepspeed.keys import AUTO, Passed
 from megatron_kvshare.config.deepspeed.table import ZERO
-from megatron_kvshare.config.derive import batch_layout
+from megatron_kvshare.config.derive import (
+    batch_layout,
+    model_shape,
+    recipe,
+    sharing_map,
+    training_plan,
+)
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
-from megatron_kvshare.config.flags.settings import settings_of
+from megatron_kvshare.costs.zero import Zero, gathers
 from megatron_kvshare.errors import ConfigError
 
 
@@ -27,19 +34,20 @@ def deepspeed_json(config: PretrainConfig, world_size: int) -> dict[str, Any]:
     return told(config, world_size).json
 
 
-def told(config: PretrainConfig, world_size: int) -> Told:
+def told(config: PretrainConfig, world_size: int, given: Mapping[str, str] | None = None) -> Told:
     """What DeepSpeed is given; nothing is left to its defaults that changes the numbers.
 
     Batches count data-parallel replicas, not processes. Clipping is off, because the engine clips
-    by megatron-core's norm; optimizer and schedule are the engine's too. All of ``config`` but the
-    name of its engine counts as given, so that the file, which is read here, can say nothing else.
+    by megatron-core's norm; optimizer and schedule are the engine's too. The file is
+    read here.
+
+    ``given``: settings that the file cannot change, and where they are given; left out: all of
+    them, for they have been completed by the file and are what the run is.
 
     Raises:
         ConfigError: with every fault of the file and every conflict with a setting.
     """
-    settings = settings_of(PretrainConfig)
-    given = {each.name: each.flag for each in settings if each.name != "engine"}
-    agreement = agree(config, given, world_size)
+    agreement = agree(config, all_given() if given is None else given, world_size)
     if agreement.faults:
         raise ConfigError(agreement.faults)
     return Told(agreement.config, _json(agreement, world_size), agreement.warnings)
@@ -99,16 +107,44 @@ def _zero(config: PretrainConfig, checked: Checked) -> dict[str, Any]:
     return found
 
 
+def zero_of(json: Mapping[str, Any]) -> Zero:
+    """What of it costs memory."""
+    section, usual = json["zero_optimization"], Zero(stage=0)
+    return Zero(
+        stage=section["stage"],
+        accumulates_in_fp32=json["data_types"]["grad_accum_dtype"] == "fp32",
+        reduce_bucket=section.get("reduce_bucket_size", usual.reduce_bucket),
+        overlaps_reduction=section.get("overlap_comm", usual.overlaps_reduction),
+        max_live=section.get("stage3_max_live_parameters", usual.max_live),
+        prefetch_bucket=section.get("stage3_prefetch_bucket_size", usual.prefetch_bucket),
+        offloads_optimizer="offload_optimizer" in section,
+        offloads_weights="offload_param" in section,
+    )
+
+
 def _filled(name: str, config: PretrainConfig) -> Any:
     """For ``"auto"``: sizes by the width of the model, as transformers fills them in; else what
     DeepSpeed takes by itself."""
     hidden, stage = config.model.hidden_size, config.deepspeed.zero_stage
+    usual, resident = 1_000_000_000, _resident(config)
     values = {
         "reduce_bucket_size": hidden * hidden,
         "stage3_prefetch_bucket_size": 9 * hidden * hidden // 10,
         "stage3_param_persistence_threshold": 10 * hidden,
         "overlap_comm": stage == 3,
+        "stage3_max_reuse_distance": max(usual, resident),
+        "stage3_max_live_parameters": max(usual, resident + 9 * hidden * hidden // 10),
     }
     entry = ZERO.keys[name]
     assert isinstance(entry, Passed)
     return values.get(name, entry.default)
+
+
+def _resident(config: PretrainConfig) -> int:
+    """Elements of the largest cyclic group, whose layers are to stay from sweep to sweep."""
+    model, sharing = config.model, config.sharing
+    plan = training_plan(sharing_map(model, sharing), recipe(sharing), sharing)
+    # Layers do not depend on the vocabulary.
+    shape = model_shape(model, model.vocab_size or 0, sharing.window_size)
+    groups = gathers(shape, plan, config.parallel.tensor_model_parallel_size)
+    return max((each.elements for each in groups), default=0)
