@@ -50,7 +50,7 @@ case "$LAUNCHER" in
     # Where SLURM gives each process one GPU of its own, that is its number 0.
     if [[ "${CUDA_VISIBLE_DEVICES:-,}" != *,* ]]; then LOCAL_RANK=0; fi
     ;;
-  *) fail "LAUNCHER=$LAUNCHER: it is torchrun, deepspeed or srun" ;;
+  *) fail "LAUNCHER=$LAUNCHER: it is deepspeed, torchrun or srun" ;;
 esac
 if [[ -z "${DATA_PATH:-}" && "$NNODES" -gt 1 && -z "${SLURM_JOB_ID:-}" ]]; then
   fail "several nodes need data that all of them see: set DATA_PATH and TOKENIZER_MODEL"

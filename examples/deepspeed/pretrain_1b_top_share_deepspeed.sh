@@ -5,9 +5,10 @@
 # examples/launch.sh. Arguments are passed on.
 set -euo pipefail
 HERE="$(realpath --relative-base="$PWD" "$(dirname "${BASH_SOURCE[0]}")")"
+RUNS="$(realpath -m --relative-base="$PWD" "$HERE/../../runs")"
 ZERO="${ZERO:-zero1}"
 if [[ ! -f "$HERE/$ZERO.json" ]]; then echo "launch error: no file $HERE/$ZERO.json: ZERO names one" >&2; exit 2; fi
 export SIZE=1b KV_PATTERN=sandwich-top KV_LAYERS="${KV_LAYERS:-11}"
-# With a folder of its own: a checkpoint that megatron-core has written is loaded by naming it with --load.
-export CONFIG_FILE="$HERE/1b.yaml" SAVE="${SAVE:-runs/deepspeed-$ZERO/checkpoint}"
+# A folder of its own: a checkpoint of the other engine is loaded by naming it with --load.
+export CONFIG_FILE="$HERE/1b.yaml" SAVE="${SAVE:-$RUNS/deepspeed-$ZERO/checkpoint}"
 exec bash "$HERE/../launch.sh" --deepspeed --deepspeed-config "$HERE/$ZERO.json" "$@"
