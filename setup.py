@@ -27,7 +27,7 @@ CORE = [
     "safetensors",
 ]
 EXTRAS = {
-    "deepspeed": ["deepspeed"],
+    "deepspeed": ["deepspeed>=0.19.8"],
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
     "eval": ["lm_eval>=0.4.13", "accelerate"],
     "tracking": ["wandb>=0.22.3", "tensorboard"],
