@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything the example scripts have in common: the environment, the devices, the data and torchrun.
+# Everything the example scripts have in common: the environment, the devices, the data and the launcher.
 # Arguments are passed on to `kvshare pretrain` after all others, so they win.
 #
 # From the environment (the example scripts set the first three):
-#   SIZE             1b or 110m: examples/configs/SIZE.yaml
+#   SIZE             1b or 110m: examples/configs/SIZE.yaml, or the file CONFIG_FILE
 #   KV_PATTERN       the sharing map; KV_LAYERS: how many layers keep KV; WINDOW_SIZE: tokens, for windowed maps
 #   KV_RECIPE        how a map with upward layers is computed: one-sweep, two-sweep or paper (default: that of the
 #                    checkpoint in SAVE, two-sweep without one)
@@ -17,7 +17,8 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT    several machines: start the script once on each
 #   NPROC            processes when there is no GPU (default TP x PP, which share the cores)
 #   LAUNCHER         torchrun (default): this script starts the processes of its machine; srun: SLURM has started it
-#                    once for every process, as slurm/pretrain.sbatch does
+#                    once for every process, as slurm/pretrain.sbatch does; deepspeed: DeepSpeed's launcher, with
+#                    HOSTFILE: on all its machines by ssh, or on this one where NNODES is above 1
 #   CHECK=1          do not train: see whether all processes could (kvshare doctor --distributed);
 #                    SAVE_BYTES: bytes that must be free at SAVE
 #   FULL_SIZE=1      without a GPU: keep the full-size model (to look at it with --dry-run)
@@ -42,14 +43,14 @@ fail() { echo "launch error: $*" >&2; exit 2; }
 trap '' USR1
 
 case "$LAUNCHER" in
-  torchrun) ;;
+  torchrun | deepspeed) ;;
   srun)
     : "${SLURM_PROCID:?LAUNCHER=srun is for scripts that srun has started}"
     export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"
     # Where SLURM gives each process one GPU of its own, that is its number 0.
     if [[ "${CUDA_VISIBLE_DEVICES:-,}" != *,* ]]; then LOCAL_RANK=0; fi
     ;;
-  *) fail "LAUNCHER=$LAUNCHER: it is torchrun or srun" ;;
+  *) fail "LAUNCHER=$LAUNCHER: it is deepspeed, torchrun or srun" ;;
 esac
 if [[ -z "${DATA_PATH:-}" && "$NNODES" -gt 1 && -z "${SLURM_JOB_ID:-}" ]]; then
   fail "several nodes need data that all of them see: set DATA_PATH and TOKENIZER_MODEL"
@@ -65,29 +66,30 @@ gpu_count() {
   fi
 }
 
-yaml_number() { sed -n "s/^$2: *\([0-9]*\).*/\1/p" "$HERE/configs/$1.yaml"; }
+yaml_number() { sed -n "s/^$2: *\([0-9]*\).*/\1/p" "$1"; }
 
 GPUS="$(gpu_count)"
-CONFIG="$SIZE"
+CONFIG="$SIZE" SMALL_FILE="$HERE/configs/small.yaml" CONFIG_FILE="${CONFIG_FILE:-$HERE/configs/$SIZE.yaml}"
 if [[ "$GPUS" -eq 0 && -z "${FULL_SIZE:-}" ]]; then
   CONFIG=small
   if [[ -n "${KV_LAYERS:-}" ]]; then
     # The same share of the layers, but never so few that the map loses its shape.
-    SMALL=$(yaml_number small num-layers) FULL=$(yaml_number "$SIZE" num-layers)
+    SMALL=$(yaml_number "$SMALL_FILE" num-layers) FULL=$(yaml_number "$CONFIG_FILE" num-layers)
     SCALED=$(((KV_LAYERS * SMALL + FULL / 2) / FULL))
     LEAST=$((KV_LAYERS < 3 ? KV_LAYERS : 3))
     KV_LAYERS=$((SCALED > LEAST ? SCALED : LEAST))
   fi
   say "no GPU here: training a small $KV_PATTERN model instead of $SIZE" \
-    "($(yaml_number small num-layers) layers${KV_LAYERS:+, $KV_LAYERS with KV}) on $(nproc) CPU cores"
+    "($(yaml_number "$SMALL_FILE" num-layers) layers${KV_LAYERS:+, $KV_LAYERS with KV}) on $(nproc) CPU cores"
+  CONFIG_FILE="$SMALL_FILE"
 fi
 NAME="$CONFIG-${KV_PATTERN/:/-}${KV_LAYERS:+-$KV_LAYERS}"
 SAVE="${SAVE:-$RUNS/$NAME/checkpoint}"
 
-FLAGS=(--config "$HERE/configs/$CONFIG.yaml" --kv-pattern "$KV_PATTERN")
+FLAGS=(--config "$CONFIG_FILE" --kv-pattern "$KV_PATTERN")
 if [[ -n "${KV_LAYERS:-}" ]]; then FLAGS+=(--kv-layers "$KV_LAYERS"); fi
 if [[ "$KV_PATTERN" == yoco || -n "${WINDOW_SIZE:-}" ]]; then
-  FLAGS+=(--window-size "${WINDOW_SIZE:-$(($(yaml_number "$CONFIG" seq-length) / 2))}")
+  FLAGS+=(--window-size "${WINDOW_SIZE:-$(($(yaml_number "$CONFIG_FILE" seq-length) / 2))}")
 fi
 case "$KV_PATTERN" in
   *-middle* | *-top | lckv:*) # what has upward layers
@@ -105,7 +107,7 @@ fi
 if [[ "$PP" -gt 1 ]]; then
   FLAGS+=(--pipeline-model-parallel-size "$PP")
   if [[ "$VPP" -gt 1 ]]; then
-    FLAGS+=(--num-layers-per-virtual-pipeline-stage $(($(yaml_number "$CONFIG" num-layers) / PP / VPP)))
+    FLAGS+=(--num-layers-per-virtual-pipeline-stage $(($(yaml_number "$CONFIG_FILE" num-layers) / PP / VPP)))
   fi
 fi
 if [[ -z "${DATA_PATH:-}" ]]; then
@@ -129,9 +131,9 @@ fi
 if [[ -n "${TRAIN_ITERS:-}" ]]; then FLAGS+=(--train-iters "$TRAIN_ITERS"); fi
 
 mkdir -p "$(dirname "$SAVE")"
-COMMAND=(-m megatron_kvshare pretrain "${FLAGS[@]}" "$@")
+COMMAND=(megatron_kvshare pretrain "${FLAGS[@]}" "$@")
 if [[ -n "${CHECK:-}" ]]; then
-  COMMAND=(-m megatron_kvshare doctor --distributed --save "$SAVE" --save-bytes "${SAVE_BYTES:-0}")
+  COMMAND=(megatron_kvshare doctor --distributed --save "$SAVE" --save-bytes "${SAVE_BYTES:-0}")
 fi
 PROCESSES="${GPUS_PER_NODE:-$GPUS}"
 if [[ "$GPUS" -eq 0 ]]; then
@@ -143,17 +145,28 @@ if [[ "$GPUS" -eq 0 ]]; then
   # Tensors in huge pages: 3 to 7 % of a step (docs/solvers.md). Older C libraries ignore it.
   export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 fi
-if [[ "$LAUNCHER" == srun || ("$NNODES" -eq 1 && "$PROCESSES" -eq 1) ]]; then
-  RUN=("$PY")
+need_master() { : "${MASTER_ADDR:?on several nodes set MASTER_ADDR to the host name of the first}"; }
+if [[ "$LAUNCHER" == deepspeed ]]; then
+  RUN=("$PY" -m deepspeed.launcher.runner --num_gpus "$PROCESSES")
+  if [[ -n "${HOSTFILE:-}" ]]; then RUN+=(--hostfile "$HOSTFILE"); fi
+  if [[ "$NNODES" -gt 1 ]]; then
+    need_master
+    : "${HOSTFILE:?on several nodes set HOSTFILE, with a line \"NAME slots=N\" for each}"
+    RUN+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+  fi
+  RUN+=(--module)
+elif [[ "$LAUNCHER" == srun || ("$NNODES" -eq 1 && "$PROCESSES" -eq 1) ]]; then
+  RUN=("$PY" -m)
 else
   RUN=("$PY" "$TOOLS/torchrun.py" --nproc_per_node "$PROCESSES")
   if [[ "$NNODES" -gt 1 ]]; then
-    : "${MASTER_ADDR:?on several nodes set MASTER_ADDR to the host name of the first}"
+    need_master
     RUN+=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
     RUN+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
   else
     RUN+=(--standalone)
   fi
+  RUN+=(-m)
 fi
 if [[ -n "${YARDSTICK:-}" ]]; then say "for comparison with the training loss: $YARDSTICK"; fi
 if [[ -z "${YARDSTICK:-}" || -n "${SLURM_JOB_ID:-}" ]]; then

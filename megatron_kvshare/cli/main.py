@@ -111,6 +111,8 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments:
         print(overview(), file=sys.stderr)
         return EXIT_USER_ERROR
+    if arguments[0].startswith("--local_rank=") and arguments[1:]:
+        arguments = arguments[1:]  # DeepSpeed's launcher writes it first; LOCAL_RANK says the same
     name, rest = arguments[0], arguments[1:]
     if name == "help" and rest:
         name, rest = rest[0], ["--help"]

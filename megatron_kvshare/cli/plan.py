@@ -11,8 +11,22 @@ from typing import Any
 from rich.console import Console
 
 from megatron_kvshare.cli import plan_tables
-from megatron_kvshare.config import ModelConfig, ParallelConfig, SharingConfig
-from megatron_kvshare.config.derive import payload_shape, placement, sharing_map, training_plan
+from megatron_kvshare.config import (
+    DeepSpeedConfig,
+    ModelConfig,
+    ParallelConfig,
+    PretrainConfig,
+    SharingConfig,
+    TrainConfig,
+)
+from megatron_kvshare.config.deepspeed import ENGINE_RULES, told, zero_of
+from megatron_kvshare.config.derive import (
+    payload_shape,
+    placement,
+    sharing_map,
+    training_layout,
+    training_plan,
+)
 from megatron_kvshare.config.fields.types import SCHEMA, Count, dataclass
 from megatron_kvshare.config.flags.command_line import Command, parse
 from megatron_kvshare.config.flags.megatron_flags import MEGATRON_FLAGS
@@ -33,6 +47,7 @@ from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import recipe_name
 from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.tables import maps as draw
+from megatron_kvshare.tables.engines import engine_lines
 from megatron_kvshare.tables.stages import stage_lines
 
 _ASSUMED_VOCABULARY = 32000  # Llama's; only embedding and head depend on it
@@ -41,6 +56,8 @@ _EXAMPLES = """\
 kvshare plan --kv-pattern sandwich-top --kv-layers 11
 kvshare plan --num-layers 32 --kv-pattern cla:2 --num-query-groups 8 --json
 kvshare plan --kv-pattern sandwich-top --kv-layers 11 --pipeline-model-parallel-size 2
+kvshare plan --kv-pattern sandwich-top --kv-layers 11 --deepspeed --zero-stage 3 \\
+    --data-parallel-size 8 --bf16
 kvshare plan --kv-map 0_1s_1s_3s_0_5s_5s_7s --window-size 512
 """
 
@@ -52,8 +69,11 @@ class PlanConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     sharing: SharingConfig = field(default_factory=SharingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     micro_batch_size: Count = 1
-    """Sequences of a microbatch, for the payloads between pipeline stages."""
+    """Sequences of a microbatch, for the payloads between pipeline stages and for memory."""
+    data_parallel_size: Count = 1
+    """With --deepspeed: copies of the model that share out its state, for the memory of each."""
     json: bool = False
     """Print one JSON object instead of the drawing."""
 
@@ -80,6 +100,7 @@ def run(argv: Sequence[str]) -> int:
             *SOLVER_RULES,
             layers_divide,
             tensor_parallel_fits,
+            *ENGINE_RULES,
         ),
         megatron=MEGATRON_FLAGS,
     )
@@ -97,7 +118,27 @@ def run(argv: Sequence[str]) -> int:
     stages = stage_lines(plan, placement(spec.map, config.parallel), payload)
     if stages:
         print("\nPipeline", *stages, sep="\n")
+    if config.deepspeed.is_engine:
+        print("\nEngines", *_engines(config, spec, plan), sep="\n")
     return 0
+
+
+def _engines(config: PlanConfig, spec: ModelSpec, plan: ExecutionPlan) -> list[str]:
+    """The memory of every engine, with DeepSpeed's file as far as it says anything of it."""
+    parallel, replicas = config.parallel, config.data_parallel_size
+    run = PretrainConfig(
+        model=config.model,
+        sharing=config.sharing,
+        parallel=parallel,
+        train=TrainConfig(micro_batch_size=config.micro_batch_size),
+        deepspeed=config.deepspeed,
+    )
+    given = {"micro_batch_size": "--micro-batch-size"} if config.micro_batch_size > 1 else {}
+    engine = told(run, parallel.model_parallel_size * replicas, given)
+    layout = training_layout(
+        engine.config.model, parallel, engine.config.train.micro_batch_size, replicas
+    )
+    return engine_lines(spec.shape, plan, layout, zero_of(engine.json))
 
 
 def as_data(spec: ModelSpec, plan: ExecutionPlan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``kvshare pretrain``: train a model, alone or as one of torchrun's processes."""
+"""``kvshare pretrain``: train a model, alone or as one of a launcher's processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_kvshare.checkpoint.recipe import with_recipe_of_checkpoint
 from megatron_kvshare.config.launch import launched, speaks, told_once
@@ -32,9 +33,10 @@ def run(argv: Sequence[str]) -> int:
     completed = partial(with_recipe_of_checkpoint, say=_note)
     with told_once():
         config = parse_pretrain(argv, completed=completed, starts=True)
-    planned = RunPlan.of(config, world_size(config))
+        planned = RunPlan.of(config, world_size(config))
+    config = planned.config
     if speaks():
-        for warning in pretrain_warnings(config, planned.plan.map):
+        for warning in (*pretrain_warnings(config, planned.plan.map), *planned.warnings):
             complain(f"warning: {warning}")
     # torch and megatron-core take seconds to import: not before the configuration is right.
     if config.dry_run:
@@ -96,13 +98,31 @@ def _train(planned: RunPlan, argv: Sequence[str]) -> bool:
         parallel.destroy()
 
 
+class _Launcher(NamedTuple):
+    """``processes``: the variable with their number on this node; then how it is started, and what
+    goes before that number and before the module that it runs."""
+
+    processes: str
+    name: str
+    module: str
+    number: str
+    runs: str
+
+
+_LAUNCHERS = (
+    _Launcher("LOCAL_WORLD_SIZE", "torchrun", "torch.distributed.run", "--nproc_per_node", "-m"),
+    _Launcher("LOCAL_SIZE", "deepspeed", "deepspeed.launcher.runner", "--num_gpus", "--module"),
+)
+
+
 def _command(argv: Sequence[str]) -> list[str]:
-    """What to type to run the same once more, torchrun included."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if processes == "1":
-        return [*_program("kvshare", "megatron_kvshare"), "pretrain", *argv]
-    launcher = _program("torchrun", "torch.distributed.run")
-    return [*launcher, "--nproc_per_node", processes, "-m", "megatron_kvshare", "pretrain", *argv]
+    """What to type to run the same once more, its launcher included."""
+    for each in _LAUNCHERS:
+        number = os.environ.get(each.processes, "1")
+        if number != "1":
+            start = [*_program(each.name, each.module), each.number, number, each.runs]
+            return [*start, "megatron_kvshare", "pretrain", *argv]
+    return [*_program("kvshare", "megatron_kvshare"), "pretrain", *argv]
 
 
 def _program(name: str, module: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
 from megatron_kvshare.config.flags.rule import divisor
+from megatron_kvshare.costs.memory import TrainingLayout
 from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.sharing import patterns
@@ -145,6 +146,22 @@ def placement(map: SharingMap, parallel: ParallelConfig) -> Placement:
     return Placement(map, layout, parallel.pipeline_model_parallel_size)
 
 
+def model_shape(model: ModelConfig, vocab_size: int, window_size: int | None) -> ModelShape:
+    """The sizes that costs depend on; ``vocab_size``: the true one."""
+    return ModelShape(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size or 0,  # always filled in by ModelConfig
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        vocab_size=vocab_size,
+        seq_length=model.seq_length,
+        window_size=window_size,
+        tied_embeddings=not model.untie_embeddings_and_output_weights,
+    )
+
+
 def payload_shape(
     model: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, shape: ModelShape
 ) -> PayloadShape:
@@ -155,6 +172,21 @@ def payload_shape(
         bytes_per_element=2 if model.bf16 else 4,
         tensor_ranks=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+    )
+
+
+def training_layout(
+    model: ModelConfig, parallel: ParallelConfig, micro_batch_size: int, replicas: int
+) -> TrainingLayout:
+    """What the memory of a process depends on, besides the model."""
+    return TrainingLayout(
+        micro_batch_size=micro_batch_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        data_parallel_size=replicas,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=model.bf16,
+        recompute_full=model.recompute_granularity == "full",
     )
 
 

@@ -1,8 +1,9 @@
 """Which process of a job this one is: torchrun's variables, and whether they can be true.
 
 Ranks are announced by ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and the address to meet at, as
-torchrun sets them. Other launchers start processes too, by variables of their own: where one has
-started more of them than have been counted, each would take itself for the whole job.
+torchrun and DeepSpeed's launcher set them. Other launchers start processes too, by variables of
+their own: where one has started more of them than have been counted, each would take itself for the
+whole job.
 """
 
 from __future__ import annotations
@@ -47,8 +48,14 @@ _LAUNCHERS = (
 _OF_SRUN = "SLURM_STEP_ID"
 _FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 """Steps from here on are SLURM's own: batch scripts, shells of salloc."""
-_AT_LEAST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "GROUP_WORLD_SIZE": 1}
-_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+_AT_LEAST = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "GROUP_WORLD_SIZE": 1, "CROSS_SIZE": 1}
+_PER_NODE = {"torchrun": "GROUP_WORLD_SIZE", "deepspeed": "CROSS_SIZE"}
+"""Launchers that are started once per node, and how they tell the number of nodes."""
+_MORE_NODES = {
+    "torchrun": "give torchrun --nnodes, --node_rank and --master_addr",
+    "deepspeed": "give deepspeed --hostfile, --no_ssh, --node_rank and --master_addr",
+}
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *_PER_NODE.values())
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -128,7 +135,8 @@ def _address_faults(environ: Mapping[str, str]) -> Iterator[Fault]:
 
 def _uncounted(environ: Mapping[str, str]) -> Iterator[Fault]:
     """More processes than this one believes in; those of a torchrun count as one."""
-    counted = _number(environ, "GROUP_WORLD_SIZE" if _by_torchrun(environ) else "WORLD_SIZE")
+    by = _started_by(environ)
+    counted = _number(environ, "WORLD_SIZE" if by is None else _PER_NODE[by])
     for each in _LAUNCHERS:
         started = _started(each, environ)
         if started <= counted:
@@ -136,8 +144,8 @@ def _uncounted(environ: Mapping[str, str]) -> Iterator[Fault]:
         said_by = each.size if each.size in environ else each.rank
         rule = f"{each.name} has started at least {started} processes, and each of them takes"
         rule += " itself for the whole job" if counted == 1 else f" the job for {counted} of them"
-        if _by_torchrun(environ):
-            rule = f"{each.name} has started at least {started} times torchrun, for {counted} nodes"
+        if by is not None:
+            rule = f"{each.name} has started at least {started} times {by}, for {counted} nodes"
         yield _fault(said_by, environ[said_by], rule, _how_to_count(each, environ))
         return
 
@@ -146,8 +154,9 @@ def _how_to_count(launcher: _Launcher, environ: Mapping[str, str]) -> str:
     told = [name for name in (launcher.size, launcher.rank) if name in environ]
     alone = "where each is meant to be a job of its own, with a --save folder of its own, start it"
     alone += f" by `env {' '.join(f'-u {name}' for name in told)} kvshare ...`"
-    if _by_torchrun(environ):
-        return f"give torchrun --nnodes, --node_rank and --master_addr; {alone}"
+    by = _started_by(environ)
+    if by is not None:
+        return f"{_MORE_NODES[by]}; {alone}"
     how = f"start one torchrun per node; {alone}"
     if not launcher.size or not launcher.local_rank:
         return how
@@ -174,8 +183,9 @@ def _has_started(launcher: _Launcher, environ: Mapping[str, str]) -> bool:
     return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
 
 
-def _by_torchrun(environ: Mapping[str, str]) -> bool:
-    return "GROUP_WORLD_SIZE" in environ
+def _started_by(environ: Mapping[str, str]) -> str | None:
+    """The launcher that was started once per node; None where there is none."""
+    return next((name for name, variable in _PER_NODE.items() if variable in environ), None)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from megatron_kvshare.config.deepspeed import DEEPSPEED_RULES, ENGINE_RULES, agree, all_given
 from megatron_kvshare.config.derive import batch_layout
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
 from megatron_kvshare.config.flags.command_line import Command, parse
@@ -79,6 +80,17 @@ def parse_pretrain(
         ConfigError: with every fault at once.
     """
 
+    def completed_by_files(
+        config: PretrainConfig, given: Mapping[str, str]
+    ) -> tuple[PretrainConfig, Sequence[Fault]]:
+        if completed is not None:
+            config = completed(config)
+        if not config.deepspeed.is_engine:
+            return config, ()
+        known = not any(number_faults(environ))
+        agreement = agree(config, given, world_size(config, environ) if known else None)
+        return agreement.config, agreement.faults
+
     def launch_fits(config: PretrainConfig) -> Iterable[Fault]:
         whole = starts and not config.dry_run
         return launch_faults(environ) if whole else number_faults(environ)
@@ -99,9 +111,9 @@ def parse_pretrain(
         prog="kvshare pretrain",
         description=_DESCRIPTION,
         examples=_EXAMPLES,
-        rules=(*_LAYOUT_RULES, *RUN_RULES, *processes),
+        rules=(*_LAYOUT_RULES, *RUN_RULES, *DEEPSPEED_RULES, *processes),
         megatron=MEGATRON_FLAGS,
-        completed=completed,
+        completed=completed_by_files,
     )
     return parse(PretrainConfig, argv, command)
 
@@ -109,8 +121,11 @@ def parse_pretrain(
 def layout_faults(config: PretrainConfig, world_size: int) -> list[Fault]:
     """What is wrong with running on ``world_size`` processes, were the configuration checked before
     its model, recipe, parallelism or batch were changed."""
-    faults = list(broken((*_LAYOUT_RULES, batch_fits), config, frozenset()))
-    return faults or _process_faults(config, world_size)
+    rules = (*_LAYOUT_RULES, *ENGINE_RULES, batch_fits)
+    faults = list(broken(rules, config, frozenset())) or _process_faults(config, world_size)
+    if not faults and config.deepspeed.is_engine:
+        faults = list(agree(config, all_given(), world_size).faults)
+    return faults
 
 
 def _process_faults(config: PretrainConfig, world_size: int) -> list[Fault]:

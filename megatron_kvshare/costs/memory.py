@@ -6,13 +6,14 @@ what the layers hand to backward, so the true peak is somewhat higher.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.costs.weights import parameters
 from megatron_kvshare.sharing.plan import ExecutionPlan, StepMode
 
 _FP32_BYTES = 4
+_MAKES_KV = (StepMode.FULL, StepMode.KV_ONLY)
 
 LOGITS_PER_CHUNK = 1 << 25
 """Logits of one rank that exist at a time on a GPU: 134 MB in fp32. Microbatches with more are cut
@@ -48,7 +49,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(astuple(self))
 
 
 def training_memory(
@@ -59,17 +60,40 @@ def training_memory(
     state = owned * _FP32_BYTES * (3 if layout.bf16 else 2)
     if layout.use_distributed_optimizer:
         state = -(-state // layout.data_parallel_size)
-    tokens = layout.micro_batch_size * shape.seq_length
     return TrainingMemory(
         weights=owned * layout.bytes_per_element,
         gradients=owned * _FP32_BYTES,
         optimizer=state,
-        activations=tokens * _activation_elements(shape, plan, layout) * layout.bytes_per_element,
-        logits=_logit_bytes(shape, layout),
+        activations=activation_bytes(shape, plan, layout),
+        logits=logit_bytes(shape, layout),
     )
 
 
-def _logit_bytes(shape: ModelShape, layout: TrainingLayout) -> int:
+def activation_bytes(shape: ModelShape, plan: ExecutionPlan, layout: TrainingLayout) -> int:
+    """What a microbatch keeps for backward."""
+    return _of_tokens(layout, shape) * _activation_elements(shape, plan, layout)
+
+
+def kv_bytes(shape: ModelShape, plan: ExecutionPlan, layout: TrainingLayout) -> int:
+    """Of the activations, the keys and values that are kept for the layers that read them."""
+    kept = sum(
+        share
+        for segment in plan.segments
+        for sweep in segment.sweeps
+        if sweep.gradient
+        for step, share in sweep.weighted_steps
+        if step.mode in _MAKES_KV and plan.map.is_producer(step.layer)
+    )
+    width = 2 * shape.kv_width // layout.tensor_model_parallel_size
+    return round(_of_tokens(layout, shape) * kept * width)
+
+
+def _of_tokens(layout: TrainingLayout, shape: ModelShape) -> int:
+    """Bytes of one element of every token of a microbatch."""
+    return layout.micro_batch_size * shape.seq_length * layout.bytes_per_element
+
+
+def logit_bytes(shape: ModelShape, layout: TrainingLayout) -> int:
     """Of the loss: logits as computed and as softmax; in chunks also as gradient, beside the
     gradients of the whole head and of what enters it."""
     tokens, columns = (
@@ -95,8 +119,7 @@ def _activation_elements(shape: ModelShape, plan: ExecutionPlan, layout: Trainin
     for segment in plan.segments:
         for sweep in (each for each in segment.sweeps if each.gradient):
             for step, share in sweep.weighted_steps:
-                makes_kv = step.mode in (StepMode.FULL, StepMode.KV_ONLY)
-                owns_kv = makes_kv and plan.map.is_producer(step.layer)
+                owns_kv = step.mode in _MAKES_KV and plan.map.is_producer(step.layer)
                 part = keys_and_values if owns_kv else 0
                 if step.mode is StepMode.KV_ONLY or layout.recompute_full:
                     part += hidden

@@ -57,7 +57,7 @@ REQUIRED = (
     Package("safetensors", "", "", "weights in Hugging Face's format"),
 )
 OPTIONAL = {
-    "deepspeed": (Package("deepspeed", "0.19.8", "", "--engine deepspeed"),),
+    "deepspeed": (Package("deepspeed", "0.19.8", "", "--engine deepspeed (ZeRO)"),),
     "hf": (
         Package("transformers", "4.57", "", "conversions and their proof, Hugging Face tokenizers"),
         Package("tokenizers", "", "", "fast Hugging Face tokenizers"),

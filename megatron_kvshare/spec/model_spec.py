@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_kvshare.config import ModelConfig, SharingConfig
-from megatron_kvshare.config.derive import recipe, sharing_map
+from megatron_kvshare.config.derive import model_shape, recipe, sharing_map
 from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.costs.weights import Held, Weight, stage_weights, weights
 from megatron_kvshare.sharing.map import SharingMap
@@ -87,19 +87,7 @@ class ModelSpec:
     @cached_property
     def shape(self) -> ModelShape:
         """The sizes that costs depend on."""
-        model = self.model
-        return ModelShape(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size or 0,  # always filled in by ModelConfig
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.query_groups,
-            kv_channels=model.head_dim,
-            vocab_size=self.vocab_size,
-            seq_length=model.seq_length,
-            window_size=self.window_size,
-            tied_embeddings=not model.untie_embeddings_and_output_weights,
-        )
+        return model_shape(self.model, self.vocab_size, self.window_size)
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_kvshare.config import PretrainConfig
-from megatron_kvshare.config.deepspeed import deepspeed_json
+from megatron_kvshare.config.deepspeed import told, zero_of
 from megatron_kvshare.config.derive import (
     BatchLayout,
     batch_layout,
@@ -16,9 +16,11 @@ from megatron_kvshare.config.derive import (
     placement,
     recipe,
     sharing_map,
+    training_layout,
     training_plan,
 )
 from megatron_kvshare.costs.memory import TrainingLayout, TrainingMemory, training_memory
+from megatron_kvshare.costs.zero import Zero, zero_memory
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import Recipe
 from megatron_kvshare.spec.model_spec import ModelSpec
@@ -30,7 +32,8 @@ from megatron_kvshare.stages.rank_memory import on_fullest_rank
 class RunPlan:
     """``plan``: the sweeps of training; ``placement``: which stage holds which layers; ``batch``:
     how a global batch is spread over ``world_size`` processes; ``deepspeed``: what
-    ``deepspeed.initialize`` is given as its configuration, None where megatron-core trains."""
+    ``deepspeed.initialize`` is given as its configuration, None where megatron-core trains;
+    ``warnings``: of what its file says, one sentence each."""
 
     config: PretrainConfig
     world_size: int
@@ -39,6 +42,7 @@ class RunPlan:
     placement: Placement
     batch: BatchLayout
     deepspeed: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: PretrainConfig, world_size: int) -> RunPlan:
@@ -47,6 +51,8 @@ class RunPlan:
         Raises:
             ConfigError: DeepSpeed's JSON file says something else, or cannot be read.
         """
+        engine = told(config, world_size) if config.deepspeed.is_engine else None
+        config = config if engine is None else engine.config
         map, how = sharing_map(config.model, config.sharing), recipe(config.sharing)
         return cls(
             config=config,
@@ -55,7 +61,8 @@ class RunPlan:
             plan=training_plan(map, how, config.sharing),
             placement=placement(map, config.parallel),
             batch=batch_layout(config, world_size),
-            deepspeed=deepspeed_json(config, world_size) if config.deepspeed.is_engine else None,
+            deepspeed=None if engine is None else engine.json,
+            warnings=() if engine is None else engine.warnings,
         )
 
     @cached_property
@@ -81,19 +88,25 @@ class RunPlan:
             config.model, config.parallel, config.train.micro_batch_size, spec.shape
         )
 
+    @cached_property
+    def training_layout(self) -> TrainingLayout:
+        """What the memory of a process depends on, besides the model."""
+        config = self.config
+        replicas = self.batch.data_parallel_size
+        return training_layout(
+            config.model, config.parallel, config.train.micro_batch_size, replicas
+        )
+
+    @cached_property
+    def zero(self) -> Zero | None:
+        """What of DeepSpeed's configuration costs memory; None where megatron-core trains."""
+        return None if self.deepspeed is None else zero_of(self.deepspeed)
+
     def memory(self, spec: ModelSpec) -> TrainingMemory:
         """The estimate for the process that needs most."""
-        parallel, model = self.config.parallel, self.config.model
-        layout = TrainingLayout(
-            micro_batch_size=self.config.train.micro_batch_size,
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            data_parallel_size=self.batch.data_parallel_size,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-            sequence_parallel=parallel.sequence_parallel,
-            bf16=model.bf16,
-            recompute_full=model.recompute_granularity == "full",
-        )
-        whole = training_memory(spec.shape, self.plan, layout)
+        if self.zero is not None:
+            return zero_memory(spec.shape, self.plan, self.training_layout, self.zero)
+        whole = training_memory(spec.shape, self.plan, self.training_layout)
         if self.placement.ranks == 1:
             return whole
         return on_fullest_rank(whole, spec.shape, self.placement)

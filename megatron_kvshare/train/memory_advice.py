@@ -97,6 +97,9 @@ def _changes(job: Job) -> Iterator[_Change]:
     parallel = config.parallel
     if not parallel.use_distributed_optimizer:
         yield _changed(config, "parallel", "", use_distributed_optimizer=True)
+    yield _changed(
+        config, "deepspeed", "", zero_stage=min(3, (config.deepspeed.zero_stage or 0) + 1)
+    )
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if not parallel.sequence_parallel:
         yield _changed(config, "parallel", "", sequence_parallel=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from megatron_kvshare.sharing.solver import recipe_name
 from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.spec.run_plan import RunPlan
 from megatron_kvshare.tables import maps as draw
+from megatron_kvshare.tables.engines import engine_lines
 from megatron_kvshare.tables.stages import stage_lines
 from megatron_kvshare.train.learning_rate import commands_to_train_on, without
 from megatron_kvshare.train.metrics import perplexity
@@ -89,17 +91,17 @@ def _layout_lines(planned: RunPlan, spec: ModelSpec, device: str) -> list[str]:
     if config.checkpoint.async_save:
         copy = mib(memory.weights + memory.optimizer)
         lines.append(f"--async-save: a copy of up to {copy} per process in host memory")
+    if planned.zero is not None:
+        layout_of_rank = planned.training_layout
+        lines += engine_lines(spec.shape, planned.plan, layout_of_rank, planned.zero)
     stages = stage_lines(planned.plan, planned.placement, planned.payload(spec))
     return ["Layout", *_indented(lines), *_indented(stages)]
 
 
 def by_part(memory: TrainingMemory) -> str:
     """The sum and what it consists of."""
-    return (
-        f"{mib(memory.total)} = weights {mib(memory.weights)}"
-        f" + gradients {mib(memory.gradients)} + optimizer {mib(memory.optimizer)}"
-        f" + activations {mib(memory.activations)} + logits {mib(memory.logits)}"
-    )
+    parts = (f"{name} {mib(size)}" for name, size in asdict(memory).items())
+    return f"{mib(memory.total)} = {' + '.join(parts)}"
 
 
 def mib(size: int) -> str:

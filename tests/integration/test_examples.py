@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_kvshare.cli.main import main
 from tests.integration.conftest import ROOT, Workspace
@@ -145,6 +146,50 @@ def test_with_gpus_the_full_model_starts_on_all_of_them(workspace, gpu_machine):
         " --tokenizer-model tok.model --lr 1e-4"
     )
     assert done.stdout.strip() == wanted
+
+
+DEEPSPEED = "deepspeed/pretrain_1b_top_share_deepspeed.sh"
+ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_every_file_for_deepspeed_fits_its_example(zero: str, dry_run, monkeypatch):
+    """At both sizes, the full one on eight processes: the stage that its name says."""
+    for size, last in (({}, "6_6_7"), ({"FULL_SIZE": "1"}, "19_20_21")):
+        if size:
+            monkeypatch.setenv("WORLD_SIZE", "8")
+        report = dry_run(DEEPSPEED, ZERO=zero, **size)
+        assert f"deepspeed, ZeRO {zero[4]} *" in report
+        assert re.search(rf"zero_stage +{zero[4]} ", report)
+        assert ("cpu  " in report) == zero.endswith("offload")
+        assert map_of(report).endswith(last)
+
+
+def test_the_full_size_for_deepspeed_is_that_of_megatron():
+    ours = yaml.safe_load((ROOT / "examples/deepspeed/1b.yaml").read_text())
+    theirs = yaml.safe_load((ROOT / "examples/configs/1b.yaml").read_text())
+    data_parallel = {"use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"}
+    assert ours == {name: value for name, value in theirs.items() if name not in data_parallel}
+
+
+def test_a_file_for_deepspeed_that_is_not_there_is_told(workspace: Workspace):
+    done = workspace.bash(f"bash examples/{DEEPSPEED}", {"ZERO": "zero4"})
+    assert done.returncode == 2 and "zero4.json: ZERO names one" in done.stderr
+
+
+def test_deepspeeds_launcher_gets_the_command(workspace: Workspace, gpu_machine):
+    """On one machine, and as one of two that SLURM starts."""
+    done = workspace.bash(f"bash examples/{DEEPSPEED}", {**gpu_machine, "LAUNCHER": "deepspeed"})
+    launcher = "-m deepspeed.launcher.runner --num_gpus 8"
+    command = "--module megatron_kvshare pretrain --config examples/deepspeed/1b.yaml"
+    assert done.stdout.startswith(f"{launcher} {command} --kv-pattern sandwich-top")
+    told = "--deepspeed --deepspeed-config examples/deepspeed/zero1.json"
+    assert done.stdout.rstrip().endswith(told)
+    nodes = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "HOSTFILE": "hosts"}
+    more = {**gpu_machine, **nodes, "LAUNCHER": "deepspeed"}
+    done = workspace.bash(f"bash examples/{DEEPSPEED}", more)
+    where = "--hostfile hosts --no_ssh --node_rank 1 --master_addr first --master_port 29500"
+    assert done.stdout.startswith(f"{launcher} {where} {command}"), done.stderr
 
 
 RECIPES = {

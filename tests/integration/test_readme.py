@@ -16,7 +16,11 @@ from megatron_kvshare.cli.main import COMMANDS
 from tests.integration.conftest import ROOT, Workspace
 
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "slurm/README.md", "CONTRIBUTING.md", "docs/gpu.md")
+    ROOT / name
+    for name in (
+        *("README.md", "slurm/README.md", "CONTRIBUTING.md", "docs/gpu.md"),
+        *("docs/deepspeed.md", "examples/deepspeed/README.md"),
+    )
 ]
 BLOCK = re.compile(r"(<!-- test: skip, [^>]+ -->\n)?```bash\n(.*?)```", re.S)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
@@ -44,6 +48,13 @@ def test_readme_commands_run_in_order(workspace: Workspace):
             assert done.returncode == 0, f"{block.code}\n{done.stdout}\n{done.stderr}"
     latest = workspace.folder / "runs/tour/checkpoint/latest_checkpointed_iteration.txt"
     assert latest.read_text().strip() == "15", "the resumed run goes on to step 15"
+
+
+def test_commands_of_the_page_on_deepspeed_run(workspace: Workspace):
+    for block in blocks(ROOT / "docs/deepspeed.md"):
+        if not block.skipped:
+            done = workspace.bash(block.code)
+            assert done.returncode == 0, f"{block.code}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))

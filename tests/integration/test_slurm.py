@@ -74,6 +74,15 @@ def test_torchrun_is_started_once_per_node(start: Start):
         assert f"srun option {option}\n" in done.stdout
 
 
+def test_deepspeeds_launcher_is_started_once_per_node(start: Start, tmp_path: Path):
+    done = start(LAUNCHER="deepspeed", PREFLIGHT="0")
+    assert done.stdout.count("deepspeed 2 first-node") == 1
+    for option in ("--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=8"):
+        assert f"srun option {option}\n" in done.stdout
+    hosts = (tmp_path / "logs/hostfile").read_text()
+    assert hosts == "first-node slots=2\nsecond-node slots=2\n"
+
+
 def test_a_missing_example_is_told(start: Start):
     done = start("examples/nothing.sh")
     assert done.returncode == 2

@@ -7,7 +7,7 @@ Megatron flags and broken rules are collected and raised together.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,7 +38,8 @@ class Command:
 
     ``prog`` is the name in messages, ``description`` and ``examples`` go into the help; ``rules``
     are run on the configuration; ``megatron`` lists flags that are known without being settings;
-    ``completed`` fills in what the settings leave to files that they name, before any rule.
+    ``completed`` fills in what the settings leave to files that they name, before any rule: it is
+    told which settings are given, by name, and where, and returns the faults of those files too.
     """
 
     prog: str
@@ -46,7 +47,7 @@ class Command:
     examples: str = ""
     rules: Sequence[Rule[Any]] = ()
     megatron: MegatronFlags = field(default_factory=dict)
-    completed: Callable[[Any], Any] | None = None
+    completed: Callable[[Any, Mapping[str, str]], tuple[Any, Sequence[Fault]]] | None = None
 
 
 def parse(config_type: type[C], argv: Sequence[str], command: Command) -> C:
@@ -64,8 +65,9 @@ def parse(config_type: type[C], argv: Sequence[str], command: Command) -> C:
     reader = _Reader(settings_of(config_type), command)
     reader.read(argv)
     config = _build(config_type, reader)
-    if config is not None and command.completed is not None:
-        config = command.completed(config)
+    if config is not None and command.completed is not None and reader.file_was_read:
+        config, faults = command.completed(config, reader.given)
+        reader.faults += faults
     if config is not None and reader.file_was_read:
         reader.faults += broken(command.rules, config, frozenset(reader.faulty))
     if reader.faults:
@@ -110,6 +112,11 @@ class _Reader:
             if given.key != "config":
                 self._take(given)
         self.faults += self.megatron_faults.values()
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Settings that have a value and are not faulty, and where they are given."""
+        return {name: self.where[name] for name in self.values if name not in self.faulty}
 
     def _take(self, given: Given) -> None:
         setting = self.settings.get(RENAMED.get(given.key, given.key))

@@ -1,4 +1,5 @@
-"""Megatron-LM flags that are no settings here: they hold anyway or are refused with a fix.
+"""Megatron-LM flags, and Megatron-DeepSpeed's, that are no settings here: they hold anyway or are
+refused with a fix.
 
 A Megatron command line runs unchanged or is told, flag by flag, what to write instead.
 """
@@ -45,6 +46,14 @@ _VIRTUAL = Refused(
 _MOE = Refused("mixture of experts is not supported", "leave it out: every layer is dense")
 _FP16 = Refused("fp16 and its loss scaling are not supported", "use --bf16, or neither for fp32")
 _FP8 = Refused("8-bit training is not supported", "use --bf16")
+_IN_JSON = Refused(
+    "DeepSpeed's sizes stand in its JSON file",
+    "write it in the zero_optimization of --deepspeed-config",
+)
+_RECOMPUTE = Refused(
+    "layers are recomputed whole, by torch's checkpointing",
+    "use --deepspeed-activation-checkpointing",
+)
 _NO_DROPOUT = "dropout is not supported, and with a cyclic map every sweep would see another mask"
 _SAMPLES = "the length of a run is counted in optimizer steps"
 
@@ -103,6 +112,11 @@ _ACCEPTED: dict[str, Accepted] = {
     "expert_tensor_parallel_size": Accepted(("1",), "every layer is dense: there are no experts"),
     "virtual_pipeline_model_parallel_size": Accepted(
         ("1",), "virtual stages are given by --num-layers-per-virtual-pipeline-stage"
+    ),
+    "local_rank": _ANY,  # of the deepspeed launcher, which sets LOCAL_RANK too
+    "no_pipeline_parallel": _ON,
+    "ds_sequence_parallel_size": Accepted(
+        ("1",), "DeepSpeed's Ulysses is not supported", "use --sequence-parallel"
     ),
 }
 
@@ -173,6 +187,25 @@ _REFUSED: dict[str, Refused] = {
     ),
     "multi_latent_attention": Refused("attention is grouped-query attention", _LLAMA),
     "init_method_xavier_uniform": Refused("initial weights are normal", "use --init-method-std"),
+    "cpu_optimizer": Refused("it is --zero-offload here", "use --zero-offload cpu"),
+    "zero_contigious_gradients": _IN_JSON,
+    "zero_reduce_bucket_size": _IN_JSON,
+    "zero_reduce_scatter": _IN_JSON,
+    "zero_allgather_bucket_size": _IN_JSON,
+    "use_pin_memory": _IN_JSON,
+    "remote_device": Refused(
+        "weights are offloaded as the JSON file says",
+        'write "offload_param": {"device": "cpu"} in its zero_optimization',
+    ),
+    "partition_activations": _RECOMPUTE,
+    "contigious_checkpointing": _RECOMPUTE,
+    "checkpoint_in_cpu": _RECOMPUTE,
+    "checkpoint_activations": _RECOMPUTE,
+    "checkpoint_num_layers": _RECOMPUTE,
+    "deepspeed_mpi": Refused(
+        "processes are counted by RANK, WORLD_SIZE and LOCAL_RANK",
+        "start with torchrun or the deepspeed launcher",
+    ),
     "use_legacy_models": Refused("the model is built on megatron-core", "leave it out"),
 }
 

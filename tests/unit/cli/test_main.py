@@ -51,6 +51,31 @@ def test_version(capsys):
     assert __version__ in capsys.readouterr().out
 
 
+def test_the_flag_that_deepspeeds_launcher_writes_first_is_taken(capsys):
+    assert cli.main(["--local_rank=1", "--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+    assert cli.main(["--local_rank=1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({}, "pretrain --lr 1"),
+        ({"LOCAL_WORLD_SIZE": "1"}, "pretrain --lr 1"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "--nproc_per_node 4 -m megatron_kvshare pretrain --lr 1"),
+        ({"LOCAL_SIZE": "4"}, "--num_gpus 4 --module megatron_kvshare pretrain --lr 1"),
+    ],
+)
+def test_a_run_is_started_again_by_its_launcher(environ, words, monkeypatch):
+    from megatron_kvshare.cli.pretrain import _command
+
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert " ".join(_command(["--lr", "1"])).endswith(words)
+
+
 def test_no_command_is_a_user_error(capsys):
     assert cli.main([]) == 2
     assert "usage: kvshare" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,3 +160,36 @@ def test_help_lists_patterns_and_flags(capsys: Capture) -> None:
     out = capsys.readouterr().out
     for text in ("sandwich-*", "*-middle-1/4", "cla:G", "--kv-pattern", "--num-layers", "--json"):
         assert text in out
+
+
+def test_deepspeed_is_planned_where_it_is_asked_for(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--kv-pattern", "sandwich-top", "--kv-layers", "11"]
+    assert main(["plan", *flags]) == 0
+    plain = capsys.readouterr().out
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}}')
+    engine = ["--deepspeed", "--deepspeed_config", "ds.json", "--data-parallel-size", "8"]
+    assert main(["plan", *flags, *engine]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(plain), "what was printed before is printed as before"
+    more = shown.removeprefix(plain)
+    assert "8 data-parallel replicas" in more and "deepspeed, ZeRO 3 *" in more
+    assert "gathers a layer of 5 to 16 up to 9 times forward and 5 backward" in more
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--deepspeed --deepspeed-config missing.json", "cannot be read"),
+        ("--zero-stage 2", "add --deepspeed"),
+        ("--deepspeed --pipeline-model-parallel-size 2", "do not combine with pipeline stages"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_told_by_the_plan(
+    capsys: Capture, flags: str, part: str
+) -> None:
+    assert main(["plan", *flags.split()]) == EXIT_USER_ERROR
+    told = capsys.readouterr().err
+    assert part in told and "Traceback" not in told

@@ -15,6 +15,11 @@ ALONE = STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}
 TORCHRUN = {**MEET, "RANK": "5", "WORLD_SIZE": "16", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8"}
 PAIR = {**MEET, "RANK": "0", "WORLD_SIZE": "2"}
 NODES = {**TORCHRUN, "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"}
+DEEPSPEED = {
+    **MEET,
+    **{"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"},
+    **{"CROSS_RANK": "1", "CROSS_SIZE": "2"},
+}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,8 @@ NODES = {**TORCHRUN, "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "2"}
         (TORCHRUN, Launch(5, 16, 5)),
         (NODES, Launch(5, 16, 5)),
         (ALONE | NODES, Launch(5, 16, 5)),
+        (DEEPSPEED, Launch(9, 16, 1)),
+        (STEP | DEEPSPEED, Launch(9, 16, 1)),
         (STEP | NODES, Launch(5, 16, 5)),
         (STEP | MEET | {"RANK": "1", "WORLD_SIZE": "2"}, Launch(1, 2, 0)),
         (TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "5"}, Launch(5, 16, 5)),
@@ -54,6 +61,7 @@ def test_who_is_known(environ: dict[str, str], place: Launch) -> None:
             "srun",
         ),
         (STEP | NODES | {"GROUP_WORLD_SIZE": "1"}, "2 times torchrun, for 1 nodes", "--nnodes"),
+        (STEP | DEEPSPEED | {"CROSS_SIZE": "1"}, "2 times deepspeed, for 1 nodes", "--hostfile"),
         (BATCH | {"SLURM_STEP_ID": "3", "SLURM_PROCID": "1"}, "SLURM_PROCID = '1'", "env -u SLURM"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE = '2'", "OMPI_COMM_WORLD_LOCAL_RANK"),
         ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_RANK = '1'", "mpirun"),

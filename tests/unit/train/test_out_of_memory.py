@@ -92,6 +92,16 @@ def test_advice_for_one_gpu_begins_with_what_costs_least() -> None:
     ]
 
 
+def test_advice_under_deepspeed_is_what_its_file_leaves_open(tmp_path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2}')
+    found = job(f"--deepspeed --deepspeed-config {file} --zero-stage 1 --bf16", world_size=4)
+    lines = flags_of(advice(found, ON_DEVICE))
+    assert lines[:2] == ["--recompute-granularity full", "--zero-stage 2"]
+    assert not any("micro-batch" in line or "pipeline" in line for line in lines)
+    assert "--use-distributed-optimizer" not in lines
+
+
 def test_every_piece_of_advice_is_a_run_that_needs_what_it_says() -> None:
     flags = (
         "--micro-batch-size 8 --kv-pattern sandwich-top --kv-layers 11 --kv-recipe paper"

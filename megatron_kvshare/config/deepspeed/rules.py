@@ -1,0 +1,105 @@
+"""Rules of the flags of DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Protocol
+
+from megatron_kvshare.config.derive import SIZE_FLAG
+from megatron_kvshare.config.fields.model import ParallelConfig
+from megatron_kvshare.config.fields.pretrain import PretrainConfig
+from megatron_kvshare.config.fields.training import DeepSpeedConfig
+from megatron_kvshare.config.flags.rule import rule
+from megatron_kvshare.config.flags.settings import flag_of
+from megatron_kvshare.errors import Fault
+
+_DETAILS = (
+    "deepspeed_config",
+    "zero_stage",
+    "zero_offload",
+    "load_tag",
+    "universal_checkpoint",
+    "deepspeed_activation_checkpointing",
+)
+
+
+class HasEngine(Protocol):
+    """A configuration with an engine and a parallel layout."""
+
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def deepspeed(self) -> DeepSpeedConfig: ...
+
+
+@rule(f"engine deepspeed {' '.join(_DETAILS)}")
+def engine_is_asked_for(config: HasEngine) -> Iterator[Fault]:
+    """What only DeepSpeed does needs DeepSpeed."""
+    settings = config.deepspeed
+    if settings.is_engine:
+        return
+    for name in _DETAILS:
+        value = getattr(settings, name)
+        if value is not None and value is not False:
+            fix = f"add --deepspeed, or drop {flag_of(name)}"
+            yield Fault(flag_of(name), value, "it has a meaning with --engine deepspeed only", fix)
+
+
+@rule("engine deepspeed")
+def deepspeed_is_there(config: PretrainConfig) -> Iterator[Fault]:
+    """DeepSpeed is optional."""
+    if config.deepspeed.is_engine and importlib.util.find_spec("deepspeed") is None:
+        rule_text = "the package deepspeed is not installed"
+        fix = "DS_BUILD_OPS=0 pip install deepspeed, or use --engine megatron"
+        yield Fault("--engine", "deepspeed", rule_text, fix)
+
+
+@rule("engine deepspeed pipeline_model_parallel_size")
+def stages_are_not_pipelined(config: HasEngine) -> Iterator[Fault]:
+    """ZeRO spreads what pipeline stages would."""
+    ranks = config.parallel.pipeline_model_parallel_size
+    if config.deepspeed.is_engine and ranks > 1:
+        rule_text = "DeepSpeed's ZeRO 2 and 3 do not combine with pipeline stages"
+        fix = "use --tensor-model-parallel-size or a higher --zero-stage, or --engine megatron"
+        yield Fault(SIZE_FLAG, ranks, rule_text, fix)
+
+
+@rule("engine deepspeed use_distributed_optimizer overlap_grad_reduce overlap_param_gather")
+def shards_by_zero(config: HasEngine) -> Iterator[Fault]:
+    """Megatron-core's data parallelism is not used."""
+    instead = {
+        "use_distributed_optimizer": "use --zero-stage 1",
+        "overlap_grad_reduce": 'write "overlap_comm": true in the zero_optimization of the JSON',
+        "overlap_param_gather": "use --zero-stage 3, which gathers weights ahead of their use",
+    }
+    for name, fix in instead.items():
+        if config.deepspeed.is_engine and getattr(config.parallel, name):
+            rule_text = "it is of megatron-core's data parallelism, and DeepSpeed's is asked for"
+            yield Fault(flag_of(name), True, rule_text, fix)
+
+
+@rule("engine deepspeed load load_tag universal_checkpoint")
+def loading_is_named(config: PretrainConfig) -> Iterator[Fault]:
+    """A tag names one folder of the checkpoint that is loaded."""
+    settings = config.deepspeed
+    if not settings.is_engine:
+        return
+    if settings.load_tag is not None and not _is_name(settings.load_tag):
+        rule_text = "a tag is the name of one folder inside --load"
+        yield Fault("--load-tag", settings.load_tag, rule_text, "use for example global_step1000")
+    for name in ("load_tag", "universal_checkpoint"):
+        value = getattr(settings, name)
+        if value and config.checkpoint.load is None:
+            fix = f"add --load FOLDER, or drop {flag_of(name)}"
+            yield Fault(flag_of(name), value, "it says how --load loads", fix)
+
+
+def _is_name(text: str) -> bool:
+    return text not in ("", ".", "..") and PurePath(text).name == text and "\0" not in text
+
+
+ENGINE_RULES = (engine_is_asked_for, stages_are_not_pipelined, shards_by_zero)
+"""Of the engine itself, wherever it is planned for."""
+DEEPSPEED_RULES = (*ENGINE_RULES, deepspeed_is_there, loading_is_named)
