@@ -2,14 +2,13 @@
 
 Sequences lose different numbers of tokens to the loss mask, so that every rank and microbatch
 counts another; clipping is active in every step. Under ZeRO 3 every weight is divided, gathered for
-every use and released after it (tests/zero.json).
+every use and released after it (tests/zero).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from tests.distributed.deepspeed_jobs import Held, Outcome
 from tests.distributed.jobs import Case
 from tests.distributed.world import Layout, World
 from tests.maps import named_maps
+from tests.zero import settings_of
 
-JSON = Path(__file__).parents[1] / "zero.json"
 MAPS = {name: each.notation for name, each in named_maps(4).items()}
 DP2, TP2_DP2 = Layout(data=2), Layout(tensor=2, data=2, sequence_parallel=True)
 STANDARD, BOTTOM, MIDDLE, TOP = (
@@ -41,7 +40,7 @@ def case(name: str, steps: int, **sections: Any) -> Case:
 
 
 def by_deepspeed(case: Case, stage: int) -> Case:
-    settings = {"engine": "deepspeed", "zero_stage": stage, "deepspeed_config": str(JSON)}
+    settings = settings_of(stage)
     return replace(case, deepspeed=settings)
 
 

@@ -26,8 +26,8 @@ from tests.integration.pretrain_jobs import (
     save_again_and_go_on,
     set_latest,
 )
+from tests.zero import file_of
 
-ZERO = Path(__file__).parents[1] / "zero.json"
 VOCABULARY = ["--vocab-size", "101"]
 """Odd: padded otherwise on every layout."""
 
@@ -45,8 +45,9 @@ class Side(NamedTuple):
     def flags(self) -> list[str]:
         flags = ["--use-distributed-optimizer"] if self.distributed else []
         if self.zero is not None:
-            flags += ["--deepspeed", "--deepspeed_config", str(ZERO)]
-            flags += ["--zero-stage", str(self.zero)]
+            file = file_of(self.zero)
+            flags += ["--deepspeed", "--zero-stage", str(self.zero)]
+            flags += [] if file is None else ["--deepspeed_config", file]
         return flags + (["--bf16"] if self.bf16 else [])
 
     def __str__(self) -> str:

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,8 +27,8 @@ from megatron_kvshare.train.step import train_step
 from tests.distributed.jobs import Case
 from tests.distributed.world import Layout
 from tests.maps import named_maps
+from tests.zero import settings_of
 
-JSON = Path(__file__).parents[1] / "zero.json"
 CASE = Case(
     sharing={"kv_map": named_maps(4)["lasagna-top.l1"].notation},
     model={"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48},
@@ -40,7 +39,7 @@ CASE = Case(
 def prepared(state: ParallelState, stage: int | None = None, case: Case = CASE) -> Run:
     """None: by the megatron engine."""
     if stage is not None:
-        settings = {"engine": "deepspeed", "zero_stage": stage, "deepspeed_config": str(JSON)}
+        settings = settings_of(stage)
         case = replace(case, deepspeed=settings)
     return prepare(case.planned(Layout()), state)
 
