@@ -181,10 +181,9 @@ def _impossible(config: PretrainConfig, checked: Checked) -> Iterator[Fault]:
     """What each part allows, and DeepSpeed not together."""
     stage, dtype = config.deepspeed.zero_stage or 0, "data_types.grad_accum_dtype"
     accumulated = checked.passed.get(dtype, "fp32")
-    if config.model.bf16 and stage == 0 and accumulated == "fp32":
-        rule = "without ZeRO DeepSpeed accumulates gradients in the type of the weights, bf16"
-        fix = 'use --zero-stage 1, or write "data_types": {"grad_accum_dtype": "bf16"}'
-        yield Fault("--zero-stage", stage, rule, fix)
+    if config.model.bf16 and stage == 0:
+        rule = "without ZeRO DeepSpeed adds up the gradients of bf16 weights in bf16"
+        yield Fault("--zero-stage", stage, rule, "use --zero-stage 1, which costs no more memory")
     if not config.model.bf16 and accumulated == "bf16":
         rule = "gradients of fp32 weights are fp32"
         yield Fault(checked.where(dtype), accumulated, rule, "remove it, or train with --bf16")
