@@ -80,14 +80,19 @@ def parse_pretrain(
         ConfigError: with every fault at once.
     """
 
+    settings = (
+        "tensor_model_parallel_size pipeline_model_parallel_size micro_batch_size global_batch_size"
+    )
+    reads = frozenset(settings.split())
+
     def completed_by_files(
-        config: PretrainConfig, given: Mapping[str, str]
+        config: PretrainConfig, given: Mapping[str, str], faulty: frozenset[str]
     ) -> tuple[PretrainConfig, Sequence[Fault]]:
         if completed is not None:
             config = completed(config)
         if not config.deepspeed.is_engine:
             return config, ()
-        known = not any(number_faults(environ))
+        known = not any(number_faults(environ)) and not faulty & reads
         agreement = agree(config, given, world_size(config, environ) if known else None)
         return agreement.config, agreement.faults
 
@@ -100,12 +105,9 @@ def parse_pretrain(
             return []
         return _process_faults(config, world_size(config, environ))
 
-    reads = (
-        "tensor_model_parallel_size pipeline_model_parallel_size micro_batch_size global_batch_size"
-    )
     processes = (
         Rule(launch_fits, frozenset({"dry_run"})),
-        Rule(processes_fit, frozenset(reads.split())),
+        Rule(processes_fit, reads),
     )
     command = Command(
         prog="kvshare pretrain",

@@ -177,6 +177,36 @@ def test_a_file_for_deepspeed_that_is_not_there_is_told(workspace: Workspace):
     assert done.returncode == 2 and "zero4.json: ZERO names one" in done.stderr
 
 
+def losses(workspace: Workspace, run: str) -> list[float]:
+    lines = (workspace.folder / f"runs/{run}/metrics.jsonl").read_text().splitlines()
+    return [step["loss"] for step in map(json.loads, lines) if "loss" in step]
+
+
+def test_deepspeeds_launcher_trains_the_example(workspace: Workspace, tmp_path: Path):
+    """On two processes, by a file that makes DeepSpeed itself tell its steps."""
+    telling = json.loads((ROOT / "examples/deepspeed/zero1.json").read_text())
+    (tmp_path / "ds.json").write_text(
+        json.dumps({**telling, "steps_per_print": 1, "log_level": "info"})
+    )
+    code = f"bash examples/{DEEPSPEED} --log-interval 1 --eval-iters 0 --train-iters 3"
+    code += f" --micro-batch-size 1 --global-batch-size 2 --deepspeed-config {tmp_path}/ds.json"
+    more = {"SAVE": "runs/launched/checkpoint", "LAUNCHER": "deepspeed", "NPROC": "2"}
+    done = workspace.bash(code, more)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(workspace, "launched")) == 3
+    assert "2 processes" in done.stdout and "--num_gpus 2 --module" in done.stdout
+    assert "step=3, skipped=0" in done.stdout + done.stderr
+
+
+@pytest.mark.nightly
+def test_the_example_for_deepspeed_learns(workspace: Workspace):
+    """As it stands, but shorter."""
+    done = workspace.bash(f"bash examples/{DEEPSPEED} --train-iters 60 --log-interval 20")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = losses(workspace, "deepspeed-zero1")
+    assert last < first - 0.1
+
+
 def test_deepspeeds_launcher_gets_the_command(workspace: Workspace, gpu_machine):
     """On one machine, and as one of two that SLURM starts."""
     done = workspace.bash(f"bash examples/{DEEPSPEED}", {**gpu_machine, "LAUNCHER": "deepspeed"})

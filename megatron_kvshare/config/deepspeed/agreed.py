@@ -16,7 +16,7 @@ from megatron_kvshare.config.fields.pretrain import PretrainConfig
 from megatron_kvshare.config.flags.settings import Setting, flag_of, settings_of
 from megatron_kvshare.errors import ConfigError, Fault
 
-_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu")
+_BATCH, _MICRO = "train_batch_size", "train_micro_batch_size_per_gpu"
 
 
 @dataclass(frozen=True)
@@ -100,26 +100,27 @@ class _Settling:
         size = self.config.parallel.model_parallel_size
         if world_size is None or world_size % size:
             return
-        replicas = world_size // size
-        train = self.config.train
-        steps = self.checked.agreed.get(ACCUMULATION, AUTO)
-        batch = train.global_batch_size if "global_batch_size" in self._given else None
-        micro = train.micro_batch_size if "micro_batch_size" in self._given else None
-        by_file = [key for key in _BATCH if self.checked.agreed.get(key, AUTO) != AUTO]
-        if steps == AUTO and "train_batch_size" in by_file and not micro:
-            steps = 1  # as DeepSpeed has it
-        if steps == AUTO and batch and micro and by_file:
-            steps = max(batch // (micro * replicas), 1)
+        replicas, train = world_size // size, self.config.train
+        said, given = self.checked.agreed, self._given
+        steps = said.get(ACCUMULATION, AUTO)
+        batch = train.global_batch_size if "global_batch_size" in given else None
+        # "auto" is the flag's value, its default too.
+        named = "micro_batch_size" in given or _MICRO in said
+        micro = train.micro_batch_size if named else None
         if steps == AUTO:
-            return
+            if batch is None or all(said.get(key, AUTO) == AUTO for key in (_BATCH, _MICRO)):
+                return
+            # The batch alone: DeepSpeed does not accumulate then.
+            steps = 1 if micro is None else max(batch // (micro * replicas), 1)
         if micro is None and batch is not None:
             micro = max(batch // (steps * replicas), 1)
-            self._set("micro_batch_size", micro, "train_batch_size", batch)
-        product = (micro or train.micro_batch_size) * steps * replicas
+            self._set("micro_batch_size", micro, _BATCH, batch)
+        micro = micro or train.micro_batch_size
+        product = micro * steps * replicas
         if batch is None:
             self._set("global_batch_size", product, ACCUMULATION, steps)
         elif batch != product:
-            self._unequal(batch, micro or 1, steps, replicas)
+            self._unequal(batch, micro, steps, replicas)
 
     def switches(self) -> None:
         """Flags that say the same as another."""
@@ -181,10 +182,9 @@ def _impossible(config: PretrainConfig, checked: Checked) -> Iterator[Fault]:
     """What each part allows, and DeepSpeed not together."""
     stage, dtype = config.deepspeed.zero_stage or 0, "data_types.grad_accum_dtype"
     accumulated = checked.passed.get(dtype, "fp32")
-    if config.model.bf16 and stage == 0 and accumulated == "fp32":
-        rule = "without ZeRO DeepSpeed accumulates gradients in the type of the weights, bf16"
-        fix = 'use --zero-stage 1, or write "data_types": {"grad_accum_dtype": "bf16"}'
-        yield Fault("--zero-stage", stage, rule, fix)
+    if config.model.bf16 and stage == 0:
+        rule = "without ZeRO DeepSpeed adds up the gradients of bf16 weights in bf16"
+        yield Fault("--zero-stage", stage, rule, "use --zero-stage 1, which costs no more memory")
     if not config.model.bf16 and accumulated == "bf16":
         rule = "gradients of fp32 weights are fp32"
         yield Fault(checked.where(dtype), accumulated, rule, "remove it, or train with --bf16")

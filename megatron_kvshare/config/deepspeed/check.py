@@ -43,8 +43,8 @@ class Checked:
     faults: list[Fault] = field(default_factory=list)
 
     def where(self, key: str) -> str:
-        """A key in messages."""
-        return f"{self.path}: {key}"
+        """A key in messages, at most as long as a reader can take."""
+        return f"{self.path}: {textwrap.shorten(key, 2 * _SHOWN)}"
 
 
 def check(path: str, content: Mapping[str, Any], stage: int | None) -> Checked:

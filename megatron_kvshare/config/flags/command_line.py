@@ -32,6 +32,9 @@ RENAMED = {
 working."""
 
 
+Completed = Callable[[Any, Mapping[str, str], frozenset[str]], tuple[Any, Sequence[Fault]]]
+
+
 @dataclass(frozen=True)
 class Command:
     """How a subcommand presents itself and what it checks.
@@ -39,7 +42,8 @@ class Command:
     ``prog`` is the name in messages, ``description`` and ``examples`` go into the help; ``rules``
     are run on the configuration; ``megatron`` lists flags that are known without being settings;
     ``completed`` fills in what the settings leave to files that they name, before any rule: it is
-    told which settings are given, by name, and where, and returns the faults of those files too.
+    told which settings are given, by name, and where, and which are faulty, and returns the faults
+    of those files too.
     """
 
     prog: str
@@ -47,7 +51,7 @@ class Command:
     examples: str = ""
     rules: Sequence[Rule[Any]] = ()
     megatron: MegatronFlags = field(default_factory=dict)
-    completed: Callable[[Any, Mapping[str, str]], tuple[Any, Sequence[Fault]]] | None = None
+    completed: Completed | None = None
 
 
 def parse(config_type: type[C], argv: Sequence[str], command: Command) -> C:
@@ -66,7 +70,7 @@ def parse(config_type: type[C], argv: Sequence[str], command: Command) -> C:
     reader.read(argv)
     config = _build(config_type, reader)
     if config is not None and command.completed is not None and reader.file_was_read:
-        config, faults = command.completed(config, reader.given)
+        config, faults = command.completed(config, reader.given, frozenset(reader.faulty))
         reader.faults += faults
     if config is not None and reader.file_was_read:
         reader.faults += broken(command.rules, config, frozenset(reader.faulty))

@@ -409,6 +409,8 @@ BATCHES = [
     (("auto", "auto", "auto"), "--global-batch-size 32", 4, (32, 1, 8)),
     (("auto", "auto", "auto"), "--global-batch-size 32 --micro-batch-size 4", 4, (32, 4, 2)),
     ((32, "auto", "auto"), "--micro-batch-size 4", 4, (32, 4, 2)),
+    ((32, "auto", "auto"), "", 4, (32, 1, 8)),
+    ((32, None, "auto"), "", 4, (32, 8, 1)),
     (("auto", 4, 2), "--global-batch-size 32", 4, (32, 4, 2)),
     ((None, None, 2), "--global-batch-size 32", 4, (32, 4, 2)),
     # Tensor-parallel processes see the same data: replicas count, not processes.
@@ -450,6 +452,12 @@ def test_a_batch_that_does_not_come_out_is_one_fault(faults, numbers, argv, proc
     assert wanted in fault.rule
     named = "ds.json: train_batch_size" if numbers[0] else "--global-batch-size"
     assert fault.where == named
+
+
+def test_a_faulty_flag_of_the_batch_is_told_alone(faults):
+    for flag in ("--tensor-model-parallel-size", "--micro-batch-size"):
+        (fault,) = faults(batch((8, 4, 2)), f"{flag} x", 2)
+        assert fault.where == flag
 
 
 def test_a_dry_run_of_one_process_says_how_to_plan_for_the_batch(faults):
