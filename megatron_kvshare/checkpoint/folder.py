@@ -87,17 +87,17 @@ class Candidates(NamedTuple):
     complaint: str | None = None
 
 
-def candidates(root: Path) -> Candidates:
-    """What the tracker names, then older ones.
+def candidates(root: Path, step: int | None = None) -> Candidates:
+    """What the tracker names, then older ones; or the one of ``step`` alone.
 
     Where the tracker cannot be used (missing or cut off, or it names a folder that is gone) all
     there are, newest first: a folder gets its name when it is complete.
 
     Raises:
-        CheckpointError: the folder, or something in it, cannot be looked at.
+        CheckpointError: the folder, or something in it, cannot be looked at, or has no such step.
     """
     try:
-        return _candidates(root)
+        return _candidates(root) if step is None else _only(step, root)
     except OSError as error:
         rule = "whether there are checkpoints in it cannot be seen"
         fix = "see that its disk is there and that you may read it"
@@ -113,6 +113,15 @@ def _candidates(root: Path) -> Candidates:
     if named is None:
         return Candidates(there, f"{root / TRACKER} is missing" if there else None)
     return Candidates([each for each in there if each <= named], _passed_over(root, named, there))
+
+
+def _only(step: int, root: Path) -> Candidates:
+    there = _iterations(root)
+    if step not in there:
+        shown = ", ".join(map(str, there[:_SHOWN])) or "none"
+        rule = f"{root} has no checkpoint of that step; the newest there are: {shown}"
+        raise CheckpointError(Fault("--ckpt-step", step, rule, "name one that is there"))
+    return Candidates([step])
 
 
 def _iterations(root: Path) -> list[int]:

@@ -86,7 +86,7 @@ def chosen(
             _check_nothing_was_there(root, state, promises)
         return settings
     if settings.resume == "auto":
-        whole = {"finetune": False, "no_load_optim": False, "no_load_rng": False}
+        whole = {"finetune": False, "no_load_optim": False, "no_load_rng": False, "ckpt_step": None}
         return replace(settings, load=settings.save, **whole)
     goes_on = settings.load is not None and Path(settings.load).resolve() == root.resolve()
     if not goes_on or settings.finetune:
@@ -107,7 +107,7 @@ def newest_sound(settings: CheckpointConfig, state: ParallelState) -> Newest:
     if settings.load is None:
         return Newest(None)
     root = Path(settings.load)
-    iterations, complaint = _candidates(root, state)
+    iterations, complaint = _candidates(root, state, settings.ckpt_step)
     damaged = [] if complaint is None else [complaint]
     for iteration in iterations:
         folder = folders.iteration_folder(root, iteration)
@@ -143,8 +143,8 @@ def _check_nothing_was_there(root: Path, state: ParallelState, promises: Promise
     raise CheckpointError(Fault("--save", str(root), rule, fix))
 
 
-def _candidates(root: Path, state: ParallelState) -> folders.Candidates:
-    return folders.Candidates(*_seen_by_first(lambda: folders.candidates(root), root, state))
+def _candidates(root: Path, state: ParallelState, step: int | None = None) -> folders.Candidates:
+    return folders.Candidates(*_seen_by_first(lambda: folders.candidates(root, step), root, state))
 
 
 def _seen_by_first(look: Callable[[], Any], root: Path, state: ParallelState) -> Any:

@@ -10,6 +10,7 @@ from megatron_kvshare.checkpoint.folder import candidates, iteration_folder
 from megatron_kvshare.checkpoint.manifest import read_manifest
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.config.derive import (
+    checkpoint_settings,
     recipe,
     sharing_map,
     takes_usual_recipe,
@@ -30,7 +31,7 @@ def with_recipe_of_checkpoint(config: PretrainConfig, say: Callable[[str], None]
     try:
         if not takes_usual_recipe(sharing) or not sharing_map(config.model, sharing).is_cyclic:
             return config
-        stored = _stored_recipe(config.checkpoint)
+        stored = _stored_recipe(checkpoint_settings(config))
         if stored is None:
             return config
         changed = recipe(sharing, usual=stored)
@@ -55,9 +56,12 @@ def _stored_recipe(settings: CheckpointConfig) -> Recipe | None:
 
 def _loadable(settings: CheckpointConfig) -> list[Path]:
     """The checkpoints of ``--save`` for ``--resume auto``, of ``--load`` while there are none."""
-    roots = [settings.save if settings.resume == "auto" else None, settings.load]
-    for root in (Path(root) for root in roots if root is not None):
-        folders = [iteration_folder(root, number) for number in candidates(root).iterations]
+    roots = [
+        (settings.save if settings.resume == "auto" else None, None),
+        (settings.load, settings.ckpt_step),
+    ]
+    for root, step in ((Path(root), step) for root, step in roots if root is not None):
+        folders = [iteration_folder(root, number) for number in candidates(root, step).iterations]
         if folders:
             return folders
     return []

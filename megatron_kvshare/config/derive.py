@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
+from megatron_kvshare.config.fields.training import CheckpointConfig
 from megatron_kvshare.config.flags.rule import divisor
 from megatron_kvshare.costs.memory import TrainingLayout
 from megatron_kvshare.costs.shape import ModelShape
@@ -205,3 +207,15 @@ def batch_layout(config: PretrainConfig, world_size: int) -> BatchLayout:
     replicas = world_size // config.parallel.model_parallel_size
     batch = config.train.global_batch_size or micro * replicas
     return BatchLayout(replicas, batch, batch // (micro * replicas))
+
+
+def step_of_tag(tag: str | None) -> int | None:
+    """The step of the checkpoint that ``--load-tag`` names; None where it is no such name."""
+    found = re.fullmatch("(?:global_step|iter_)([0-9]{1,18})", tag or "")
+    return None if found is None else int(found[1])
+
+
+def checkpoint_settings(config: PretrainConfig) -> CheckpointConfig:
+    """What to load and save, with ``--load-tag`` as the step that it names."""
+    step = step_of_tag(config.deepspeed.load_tag)
+    return config.checkpoint if step is None else replace(config.checkpoint, ckpt_step=step)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_kvshare.config import PretrainConfig
+from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.config.deepspeed import told, zero_of
 from megatron_kvshare.config.derive import (
     BatchLayout,
     batch_layout,
+    checkpoint_settings,
     evaluation_plan,
     payload_shape,
     placement,
@@ -64,6 +65,11 @@ class RunPlan:
             deepspeed=None if engine is None else engine.json,
             warnings=() if engine is None else engine.warnings,
         )
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """What to load and save."""
+        return checkpoint_settings(self.config)
 
     @cached_property
     def evaluation_plan(self) -> ExecutionPlan:

@@ -124,7 +124,7 @@ def _to_load(planned: RunPlan, state: ParallelState) -> tuple[CheckpointConfig, 
     config = planned.config
     with together(state):
         _check_same_recipe(planned.recipe)
-        settings = chosen(config.checkpoint, state, partial(promised_checkpoints, config))
+        settings = chosen(planned.checkpoint, state, partial(promised_checkpoints, config))
     with together(state):
         newest = newest_sound(settings, state)
     warn(state, *newest.warnings)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from pathlib import PurePath
 from typing import Protocol
 
-from megatron_kvshare.config.derive import SIZE_FLAG
+from megatron_kvshare.config.derive import SIZE_FLAG, step_of_tag
 from megatron_kvshare.config.fields.model import ParallelConfig
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
 from megatron_kvshare.config.fields.training import DeepSpeedConfig
@@ -80,24 +79,24 @@ def shards_by_zero(config: HasEngine) -> Iterator[Fault]:
             yield Fault(flag_of(name), True, rule_text, fix)
 
 
-@rule("engine deepspeed load load_tag universal_checkpoint")
+@rule("engine deepspeed load ckpt_step load_tag universal_checkpoint")
 def loading_is_named(config: PretrainConfig) -> Iterator[Fault]:
     """A tag names one folder of the checkpoint that is loaded."""
     settings = config.deepspeed
     if not settings.is_engine:
         return
-    if settings.load_tag is not None and not _is_name(settings.load_tag):
-        rule_text = "a tag is the name of one folder inside --load"
+    step = step_of_tag(settings.load_tag)
+    if settings.load_tag is not None and step is None:
+        rule_text = "the folders of checkpoints inside --load are called global_step<N> or iter_<N>"
         yield Fault("--load-tag", settings.load_tag, rule_text, "use for example global_step1000")
+    if None not in (step, config.checkpoint.ckpt_step) and step != config.checkpoint.ckpt_step:
+        rule_text = f"--ckpt-step names another, {config.checkpoint.ckpt_step}"
+        yield Fault("--load-tag", settings.load_tag, rule_text, "leave one of them out")
     for name in ("load_tag", "universal_checkpoint"):
         value = getattr(settings, name)
         if value and config.checkpoint.load is None:
             fix = f"add --load FOLDER, or drop {flag_of(name)}"
             yield Fault(flag_of(name), value, "it says how --load loads", fix)
-
-
-def _is_name(text: str) -> bool:
-    return text not in ("", ".", "..") and PurePath(text).name == text and "\0" not in text
 
 
 ENGINE_RULES = (engine_is_asked_for, stages_are_not_pipelined, shards_by_zero)

@@ -112,8 +112,8 @@ class DeepSpeedConfig:
     zero_offload: Literal["cpu"] | None = None
     """Keep the optimizer state in the memory of the host."""
     load_tag: str | None = None
-    """With --load: the tag (folder) of the DeepSpeed checkpoint to load; left out: the one in the
-    file latest."""
+    """With --load: the tag (folder) of the checkpoint to load, as --ckpt-step N; left out: the
+    newest."""
     universal_checkpoint: bool = False
     """With --load: the checkpoint is a universal one, made by DeepSpeed's ds_to_universal."""
     deepspeed_activation_checkpointing: bool = False
@@ -133,6 +133,8 @@ class CheckpointConfig:
     """Folder to save to, every --save-interval steps and at the end."""
     load: str | None = None
     """Folder to continue from; there must be a checkpoint in it."""
+    ckpt_step: Index | None = None
+    """With --load: the checkpoint of this step instead of the newest."""
     resume: Literal["auto"] | None = None
     """auto: continue from the newest checkpoint of --save; while there is none, start from --load,
     or fresh without one. For jobs that are started again and again by the same command."""

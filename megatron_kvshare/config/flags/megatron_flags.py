@@ -154,7 +154,6 @@ _REFUSED: dict[str, Refused] = {
         "generator states are small and always saved",
         "leave it out; use --no-load-rng when loading",
     ),
-    "ckpt_step": Refused("the latest checkpoint is loaded", "leave it out"),
     "use_checkpoint_args": Refused("settings come from flags and --config", "leave it out"),
     "no_check_for_nan_in_loss_and_grad": Refused(
         "loss and gradients are always checked", "use --nan-policy skip or stop"
