@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +26,8 @@ def _whole(value: Any, least: int) -> int | None:
     """1e9 is a whole number too: JSON does not tell them apart, and such files are common."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not math.isfinite(value) or value != int(value) or not least <= value < 1 << 63:
-        return None
-    return int(value)
+    is_whole = isinstance(value, int) or value.is_integer()  # not so: Inf
+    return int(value) if is_whole and least <= value < 1 << 63 else None
 
 
 def _number(value: Any) -> float | None:

@@ -377,12 +377,3 @@ TOP = section(
         )
     },
 )
-
-
-def entry_of(key: str) -> Entry:
-    """Of a key with its sections, as in ``zero_optimization.stage``."""
-    entry: Entry = TOP
-    for name in key.split("."):
-        assert isinstance(entry, Section), f"{key} has no sections"
-        entry = entry.keys[name]
-    return entry
