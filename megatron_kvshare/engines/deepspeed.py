@@ -83,8 +83,7 @@ class DeepSpeedEngine:
         self._has_gradients = False
 
     def forward_backward(self, batches: Iterator[Batch], how: Pass) -> Sums:
-        if self._has_gradients:
-            self._skip_step()
+        self._skip_unused_gradients()
         read = list(islice(batches, self._num_microbatches))
         scale = self._loss_scale(read)
         sums = []
@@ -103,8 +102,10 @@ class DeepSpeedEngine:
         counted = torch.stack([counted_tokens(batch).sum() for batch in batches]).sum()
         return self._state.dp_size / all_reduce_(counted, self._state.dp_group).clamp(min=1)
 
-    def _skip_step(self) -> None:
-        """The last step was to change nothing."""
+    def _skip_unused_gradients(self) -> None:
+        """Of a step that was to change nothing."""
+        if not self._has_gradients:
+            return
         self.shares.discard_gradients()
         self.engine.micro_steps += 1
         self.engine.global_steps += 1
@@ -116,6 +117,9 @@ class DeepSpeedEngine:
         count, how = global_batches * self._num_microbatches, how._replace(forward_only=True)
         sums = [self.chunk(batch, how).sums for batch in islice(batches, count)]
         return Sums.stack(sums).over_ranks(self._state)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # ZeRO 3 gathers weights module by module here too
 
     def whole_weights(self) -> contextlib.AbstractContextManager[None]:
         gathered: contextlib.AbstractContextManager[None]
@@ -149,6 +153,7 @@ class DeepSpeedEngine:
 
     @contextlib.contextmanager
     def state_shards(self, with_optimizer: bool) -> Iterator[Content]:
+        self._skip_unused_gradients()
         if with_optimizer:
             yield content_beside(self._write, self.shares, self._state)
         else:  # DeepSpeed writes no weights alone

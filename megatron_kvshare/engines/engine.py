@@ -32,11 +32,15 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: Iterator[Batch], how: Pass, global_batches: int) -> Sums:
-        """The same sums without gradient; to be called inside :meth:`whole_weights`."""
+        """The same sums without gradient; to be called inside :meth:`evaluating`."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Around evaluations, one or several."""
         ...
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """``stages`` hold their whole weights inside, to evaluate."""
+        """``stages`` hold their whole weights inside."""
         ...
 
     def set_learning_rate(self, step: int) -> float:

@@ -68,6 +68,9 @@ class MegatronEngine:
     def whole_weights(self) -> contextlib.AbstractContextManager[None]:
         return gathered_parameters(self.models)
 
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        return self.whole_weights()  # with overlap they would be gathered for every microbatch
+
     def set_learning_rate(self, step: int) -> float:
         return set_learning_rate(self.scheduler, step)
 

@@ -79,7 +79,27 @@ class _Announced(torch.autograd.Function):
 def local_linear(x: torch.Tensor, weight: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
     """``x [.., in] -> [.., rows]`` with some ``rows`` of ``weight [out, in]``."""
     part, buffer = gradient_target(weight, rows)
-    return F.linear(x, part) if buffer is None else _LinearIntoBuffer.apply(x, part, buffer)
+    if buffer is not None:
+        return _LinearIntoBuffer.apply(x, part, buffer)
+    return F.linear(x, weight) if rows == ALL_ROWS else _LinearOfRows.apply(x, weight, rows)
+
+
+class _LinearOfRows(torch.autograd.Function):
+    """With the whole weight kept for backward: a part of it would hold the memory of a weight that
+    an engine gathers for every use and lets go after it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rows = rows
+        return F.linear(x, weight[rows])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight = ctx.saved_tensors
+        of_weight = torch.zeros_like(weight)
+        torch.mm(grad.flatten(0, -2).t(), x.flatten(0, -2), out=of_weight[ctx.rows])
+        return grad.matmul(weight[ctx.rows]), of_weight, None
 
 
 class _LinearIntoBuffer(torch.autograd.Function):

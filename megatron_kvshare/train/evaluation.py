@@ -45,7 +45,7 @@ def evaluate(run: Run) -> Evaluation:
     gap = None
     for stage in run.engine.stages:
         stage.eval()
-    with run.engine.whole_weights():
+    with run.engine.evaluating():
         sums = validation_sums(run, run.planned.evaluation_plan, train.eval_iters)
         if gap_iters:
             exact = validation_sums(run, _exact_plan(run), gap_iters)
@@ -58,7 +58,7 @@ def evaluate(run: Run) -> Evaluation:
 
 def validation_sums(run: Run, plan: ExecutionPlan, batches: int) -> Sums:
     """Of the first global batches of the validation split, by ``plan``; inside
-    :meth:`~megatron_kvshare.engines.engine.Engine.whole_weights`."""
+    :meth:`~megatron_kvshare.engines.engine.Engine.evaluating`."""
     how = Pass(plan, measure_residual=bool(plan.groups), forward_only=True)
     return run.engine.evaluate(on_device(run, run.data.valid_batches(), VALIDATION), how, batches)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from megatron_kvshare.megatron_api.layers import ColumnParallel
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.attention import SharedKVAttention
 from megatron_kvshare.model.parameters import gather_by_name
+from megatron_kvshare.pipeline.runner import Pass
 from megatron_kvshare.train.evaluation import evaluate
 from megatron_kvshare.train.run import Orders, Run
 from megatron_kvshare.train.setup import prepare
@@ -88,11 +89,25 @@ def test_bf16_skips_a_step_too(single: ParallelState) -> None:
         assert all(torch.equal(each, wanted[name]) for name, each in weights_of(runs[0]).items())
 
 
+def most_held(run: Run) -> list[int]:
+    """Elements of weights that are there when modules begin to run."""
+    counts: list[int] = []
+
+    def count(*_: Any) -> None:
+        counts.append(sum(weight.numel() for weight in run.engine.weights))
+
+    for module in run.engine.stages[0].modules():
+        module.register_forward_pre_hook(count)
+    return counts
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_evaluations_in_between(single: ParallelState, stage: int) -> None:
-    """By other sweeps than those of training, and exactly."""
+    """By other sweeps than those of training, and exactly; ZeRO 3 has part of the weights at a
+    time."""
     runs = prepared(single), prepared(single, stage)
     found: list[list[float]] = [[], []]
+    most = most_held(runs[1])
     for numbers, run in zip(found, runs, strict=True):
         batches = run.data.train_batches(0)
         for number in (1, 2):
@@ -101,6 +116,8 @@ def test_evaluations_in_between(single: ParallelState, stage: int) -> None:
             numbers += [evaluation.loss, evaluation.loss + evaluation.kv_gap]
             numbers += [train_step(run, batches, number).loss]
     assert found[1] == pytest.approx(found[0], rel=1e-6)
+    whole = sum(weight.numel() for weight in runs[0].engine.stages[0].parameters())
+    assert max(most) <= whole / 4 if stage == 3 else min(most) == whole
 
 
 class Uses(NamedTuple):
@@ -150,6 +167,40 @@ def test_weights_are_whole_for_every_use_and_no_longer(single: ParallelState, re
     assert {name: uses.gathers[name] for name in matrices} == {x: wanted[x] for x in matrices}
     assert len(set(wanted.values())) > 2
     assert not any(weight.numel() for weight in run.engine.weights), "some were not released"
+
+
+def saved_tensors(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """All that backward from here keeps."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        yield from (each for each in kept if isinstance(each, torch.Tensor))
+        yield from (each for each in getattr(node, "saved_tensors", ()) if each is not None)
+
+
+@pytest.mark.parametrize("recipe", ["one-sweep", "two-sweep"])
+def test_backward_keeps_no_gathered_weight(single: ParallelState, recipe: str) -> None:
+    """Neither whole nor by a part of it, as what makes keys and values alone uses it."""
+    case = replace(CASE, sharing={**CASE.sharing, "kv_recipe": recipe})
+    run = prepared(single, 3, case)
+    with run.engine.whole_weights():
+        matrices = [each.detach().clone() for each in run.engine.weights if each.dim() == 2]
+    output = run.engine.chunk(next(run.data.train_batches(0)), Pass(run.plan))
+    held = list(saved_tensors(output.tensor))
+    assert len(held) > 100
+    held = [each for each in held if each.dim() == 2]
+    assert not any(has_rows_of(x, y) or has_rows_of(x.mT, y) for x in held for y in matrices)
+
+
+def has_rows_of(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
+    if not tensor.numel() or tensor.shape[1] != weight.shape[1]:
+        return False
+    return bool((weight == tensor[0]).all(1).any())
 
 
 def test_what_hooks_do_not_see_is_seen(
