@@ -240,6 +240,13 @@ def test_what_hooks_do_not_see_is_seen(
         train_step(run, run.data.train_batches(0), 1)
 
 
+def test_tensor_parallelism_is_told_and_sequence_parallelism_is_not() -> None:
+    """By these names DeepSpeed would norm each tensor-parallel rank alone, or split its data."""
+    told = {name for name in dir(deepspeed.Ranks) if not name.startswith("_")}
+    assert "get_tensor_model_parallel_world_size" in told
+    assert not [name for name in told if "sequence" in name]
+
+
 def test_without_deepspeed(single: ParallelState, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r"pip install megatron_kvshare\[deepspeed\]"):
