@@ -156,6 +156,8 @@ def pretrain_warnings(config: PretrainConfig, sharing_map: SharingMap) -> list[s
         found.append(f"--lr-wsd-decay-iters has no effect with {train.lr_decay_style} decay")
     if checkpoint.load is None and (checkpoint.no_load_optim or checkpoint.no_load_rng):
         found.append("--no-load-optim and --no-load-rng have no effect without --load")
+    if checkpoint.async_save and config.deepspeed.is_engine:
+        found.append("--async-save has no effect: DeepSpeed writes while the training waits")
     if checkpoint.load is None and checkpoint.ckpt_step is not None:
         found.append("--ckpt-step has no effect without --load")
     if checkpoint.save is None and not config.dry_run:

@@ -190,6 +190,8 @@ class WeightShares(Shares):
         share = self.share(weight)
         if share is None:
             return None
+        if self.zero.offload_optimizer:  # in the memory of the host, beside the fp32 weights
+            return None if share.flat.grad is None else share.of_flat(share.flat.grad)
         group, place = self._places[weight]
         return self.zero.averaged_gradients[group][place].view(-1)[: share.size]
 

@@ -39,8 +39,8 @@ def case(name: str, steps: int, **sections: Any) -> Case:
     return Case(sharing=sharing, steps=steps, train=train, model=model, **sections)
 
 
-def by_deepspeed(case: Case, stage: int) -> Case:
-    settings = settings_of(stage)
+def by_deepspeed(case: Case, stage: int, **more: Any) -> Case:
+    settings = {**settings_of(stage), **more}
     return replace(case, deepspeed=settings)
 
 
@@ -76,10 +76,12 @@ Check = Callable[..., None]
 
 @pytest.fixture
 def check(world: World, by_megatron: Callable[[Layout, Case], Outcome]) -> Check:
-    def compare(layout: Layout, case: Case, stage: int, tolerance: float = 1e-5) -> None:
+    def compare(
+        layout: Layout, case: Case, stage: int, tolerance: float = 1e-5, **more: Any
+    ) -> None:
         wanted = by_megatron(layout, case)
         assert min(wanted.norms) > case.train["clip_grad"], "nothing is clipped"
-        outcomes = world.run(jobs.train, layout, by_deepspeed(case, stage))
+        outcomes = world.run(jobs.train, layout, by_deepspeed(case, stage, **more))
         assert all(each.losses == outcomes[0].losses for each in outcomes)
         losses, norms, weights = relative_difference(outcomes[0], wanted)
         assert losses < tolerance and norms < 10 * tolerance and weights < 10 * tolerance
@@ -179,3 +181,11 @@ def test_what_zero_divides(world: World, stage: int) -> None:
         assert each.moments == pytest.approx(2 * each.weights / share, rel=1e-2)
         assert each.updated == pytest.approx(each.weights / share, rel=1e-2)
     assert sum(each.updated for each in ranks) == ranks[0].weights * (1 if stage else 2)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_to_the_host(check: Check, stage: int) -> None:
+    """On a CPU it moves nothing, and takes another way through DeepSpeed."""
+    run = case(TOP, 5)
+    check(DP2, run, stage, zero_offload="cpu")

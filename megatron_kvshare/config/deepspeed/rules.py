@@ -92,11 +92,13 @@ def loading_is_named(config: PretrainConfig) -> Iterator[Fault]:
     if None not in (step, config.checkpoint.ckpt_step) and step != config.checkpoint.ckpt_step:
         rule_text = f"--ckpt-step names another, {config.checkpoint.ckpt_step}"
         yield Fault("--load-tag", settings.load_tag, rule_text, "leave one of them out")
-    for name in ("load_tag", "universal_checkpoint"):
-        value = getattr(settings, name)
-        if value and config.checkpoint.load is None:
-            fix = f"add --load FOLDER, or drop {flag_of(name)}"
-            yield Fault(flag_of(name), value, "it says how --load loads", fix)
+    if settings.load_tag is not None and config.checkpoint.load is None:
+        rule_text = "it says which checkpoint of --load is loaded"
+        yield Fault("--load-tag", settings.load_tag, rule_text, "add --load FOLDER, or drop it")
+    if settings.universal_checkpoint:
+        rule_text = "shards are loaded on any number of ranks, stage and engine without conversion"
+        fix = "leave it out, and give --load the folder that ds_to_universal has converted"
+        yield Fault("--universal-checkpoint", True, rule_text, fix)
 
 
 ENGINE_RULES = (engine_is_asked_for, stages_are_not_pipelined, shards_by_zero)

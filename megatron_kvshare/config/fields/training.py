@@ -115,7 +115,7 @@ class DeepSpeedConfig:
     """With --load: the tag (folder) of the checkpoint to load, as --ckpt-step N; left out: the
     newest."""
     universal_checkpoint: bool = False
-    """With --load: the checkpoint is a universal one, made by DeepSpeed's ds_to_universal."""
+    """Refused: --load reads DeepSpeed's checkpoints on any number of ranks as they are."""
     deepspeed_activation_checkpointing: bool = False
     """The same as --recompute-granularity full."""
 

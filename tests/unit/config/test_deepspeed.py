@@ -233,7 +233,7 @@ KEYS = [
         "ds.json: data_types.grad_accum_dtype",
         "one of",
     ),
-    ({"checkpoint": {"load_universal": True}}, "--universal-checkpoint", "add --load"),
+    ({"checkpoint": {"load_universal": True}}, "--universal-checkpoint", "leave it out"),
     (
         {"checkpoint": {"use_node_local_storage": True}},
         "ds.json: checkpoint.use_node_local_sto",
@@ -314,7 +314,7 @@ CONFLICTS = [
     ({}, "--overlap-grad-reduce", "--overlap-grad-reduce", "overlap_comm"),
     ({}, "--context-parallel-size 2", "--context-parallel-size", "not supported"),
     ({}, "--load-tag global_step5", "--load-tag", "add --load"),
-    ({}, "--universal-checkpoint", "--universal-checkpoint", "add --load"),
+    ({}, "--universal-checkpoint", "--universal-checkpoint", "leave it out"),
     ({}, "--partition-activations", "--partition-activations", "--deepspeed-activation-checkpoint"),
     ({}, "--cpu-optimizer", "--cpu-optimizer", "--zero-offload cpu"),
     ({}, "--zero-stage 4", "--zero-stage", "from 0 to 3"),
