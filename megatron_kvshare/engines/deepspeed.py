@@ -88,8 +88,9 @@ class DeepSpeedEngine:
         scale = self._loss_scale(read)
         sums = []
         for number, batch in enumerate(read, 1):
-            output = self.chunk(batch, how)
-            self.engine.backward(output.tensor * scale, scale_wrt_gas=False)
+            with calls_at_rest():
+                output = self.chunk(batch, how)
+                self.engine.backward(output.tensor * scale, scale_wrt_gas=False)
             if number < len(read):
                 self.engine.step()  # DeepSpeed counts microbatches so; the last one's is the update
             sums.append(output.sums)
@@ -275,6 +276,17 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.use.has_gradient()
         return gradient, None
+
+
+@contextlib.contextmanager
+def calls_at_rest() -> Iterator[None]:
+    """Forget calls of modules that have not come to their end: torch breaks off what it runs again
+    in backward as soon as it has what it needs, and ZeRO 3 would keep their list for ever."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    before = len(FWD_MODULE_STACK)
+    yield
+    del FWD_MODULE_STACK[before:]
 
 
 class Ranks:

@@ -169,6 +169,18 @@ def test_weights_are_whole_for_every_use_and_no_longer(single: ParallelState, re
     assert not any(weight.numel() for weight in run.engine.weights), "some were not released"
 
 
+def test_what_recomputation_breaks_off_is_forgotten(single: ParallelState) -> None:
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    recomputed = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    model = {**CASE.model, **recomputed, "recompute_num_layers": 1}
+    run = prepared(single, 3, replace(CASE, model=model))
+    calls = len(FWD_MODULE_STACK)
+    train_step(run, run.data.train_batches(0), 1)
+    assert len(FWD_MODULE_STACK) == calls
+    assert not any(weight.numel() for weight in run.engine.weights), "some were not released"
+
+
 def saved_tensors(loss: torch.Tensor) -> Iterator[torch.Tensor]:
     """All that backward from here keeps."""
     nodes, seen = [loss.grad_fn], set()
