@@ -11,8 +11,8 @@ from tests.integration.conftest import ROOT
 
 
 def install(name: str, *requirements: str, dependencies: bool = False) -> Path:
-    """A folder for ``PYTHONPATH`` with these packages; made once, under runs/."""
-    folder = ROOT / "runs" / "side-packages" / name
+    """A folder for ``PYTHONPATH`` with these packages; made once for each Python, under runs/."""
+    folder = ROOT / "runs" / f"side-packages-{sys.version_info[0]}.{sys.version_info[1]}" / name
     if not (folder / "complete").is_file():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
         command += (
