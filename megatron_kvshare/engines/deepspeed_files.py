@@ -1,8 +1,8 @@
 """DeepSpeed's own files: how they are written and read here, and what its converters need to know.
 
 DeepSpeed unpickles what it loads. Here it gets files through an object that builds tensors, plain
-data and three of its classes, and refuses everything else; and a disk that is full on one rank is an
-error on all, instead of ranks that wait for each other.
+data and three of its classes, and refuses everything else; and a disk that is full on one rank is
+an error on all, instead of ranks that wait for each other.
 """
 
 from __future__ import annotations

@@ -20,10 +20,16 @@ from tests.integration.ranks import Ranks, started
 from tests.integration.test_pretrain import TWO, run
 
 STEPS, INTERVAL = 400, 10
-LENGTH = ["--train-iters", str(STEPS), "--eval-interval", str(STEPS), "--use-distributed-optimizer"]
+STEPPING = ["--train-iters", str(STEPS), "--eval-interval", str(STEPS)]
+LENGTH = [*STEPPING, "--use-distributed-optimizer"]
 SAVING = ["--save-interval", str(INTERVAL), "--resume", "auto"]
 KILLS = 8
-"""Of each map: 24 in all."""
+"""Of each map: 24 in all, and as many again of DeepSpeed's runs at two stages."""
+CASES = {name: [*LENGTH, *flags] for name, flags in MAPS.items()}
+CASES |= {
+    f"cyclic, ZeRO {stage}": [*STEPPING, "--engine", "deepspeed", "--zero-stage", str(stage)]
+    for stage in (1, 3)
+}
 
 
 def newest(save: Path) -> int:
@@ -43,16 +49,16 @@ def wait_for_save(ranks: Ranks, save: Path, step: int) -> None:
 
 def aside(save: Path) -> set[Path]:
     """What is being written, or was when a start was killed."""
-    return {*save.glob("iter_*.partial")}
+    return {*save.glob("*.partial")}
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", CASES)
 def test_killed_at_random_points(world: World, tmp_path: Path, name: str) -> None:
-    flags = [*LENGTH, *MAPS[name]]
+    flags = CASES[name]
     run(world, TWO, tmp_path / "whole.jsonl", *flags)
     draw, save, metrics = random.Random(name), tmp_path / "save", tmp_path / "m.jsonl"
-    flags += [*SAVING, "--save", str(save), "--metrics-file", str(metrics)]
+    flags = [*flags, *SAVING, "--save", str(save), "--metrics-file", str(metrics)]
     during_a_save = 0
     for number in range(KILLS):
         before = newest(save)
