@@ -55,7 +55,10 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
         assert (found[name] - each).norm() <= 1e-5 * each.norm(), name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+nightly = partial(pytest.param, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize("stage", [nightly(0), 1, nightly(2), 3])
 def test_a_skipped_step_leaves_no_trace(single: ParallelState, stage: int) -> None:
     """The second of four, taken for a spike: neither weights nor moments nor the next gradients."""
     runs = prepared(single), prepared(single, stage)
@@ -73,6 +76,7 @@ def test_a_skipped_step_leaves_no_trace(single: ParallelState, stage: int) -> No
     assert runs[1].engine.shares.updates == 3
 
 
+@pytest.mark.nightly
 def test_bf16_skips_a_step_too(single: ParallelState) -> None:
     """ZeRO 1 and 2, whose gradients in fp32 are kept apart."""
     case = replace(CASE, model={**CASE.model, "bf16": True})

@@ -96,6 +96,7 @@ _ACCEPTED: dict[str, Accepted] = {
     "no_bias_gelu_fusion": _ON,
     "no_bias_dropout_fusion": _ON,
     "no_rope_fusion": _ON,
+    "gradient_accumulation_fusion": _ON,
     "no_gradient_accumulation_fusion": _ON,
     "no_persist_layer_norm": _ON,
     "use_cpu_initialization": _ON,
