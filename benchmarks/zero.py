@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT, RANKS, WARM_UP = Path(__file__).resolve().parents[1], 2, 2
+BUCKET = 1_000_000
+"""Gradients that are reduced at a time, in elements."""
 ROWS: dict[str, list[str]] = {
     "megatron": [],
     "megatron, distributed optimizer": ["--use-distributed-optimizer"],
@@ -49,7 +51,7 @@ def main() -> None:
     kind = ["--bf16"] if words.bf16 else []
     if words.measure:
         name, file = words.measure
-        measure(ROWS[name] + kind, kind, words.rounds, Path(file))
+        measure(ROWS[name], kind, words.rounds, Path(file))
         return
     rows = {
         name: launch(name, words.rounds, kind)
@@ -90,7 +92,11 @@ def measure(flags: list[str], kind: list[str], rounds: int, file: Path) -> None:
     def planned(more: list[str]) -> RunPlan:
         return RunPlan.of(parse_pretrain([*MODEL.split(), *more]), RANKS)
 
-    settings = planned(flags)
+    if "deepspeed" in flags and flags[-1] != "0":  # DeepSpeed's own buckets are larger than this
+        bucket = file.with_name(f"bucket{state.rank}.json")
+        bucket.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": BUCKET}}))
+        flags = [*flags, "--deepspeed-config", str(bucket)]
+    settings = planned([*flags, *kind])
     before = live(every_tensor())
     run = prepare(settings, state)
     batches = run.data.train_batches(0)
@@ -121,13 +127,13 @@ def held(run: Any, batches: Any, before: set[int]) -> dict[str, float]:
 
     run.engine.set_learning_rate(2)
     run.engine.forward_backward(batches, Pass(run.plan))
-    weights = bytes_of(
-        getattr(w, "ds_tensor", w) for s in run.engine.stages for w in s.parameters()
-    )
-    optimizer = bytes_of(optimizer_tensors(run.engine))
-    everything = sum(live(every_tensor(), but=before).values())
+    parameters = [weight for stage in run.engine.stages for weight in stage.parameters()]
+    weights = live(getattr(weight, "ds_tensor", weight) for weight in parameters)
+    optimizer = live(optimizer_tensors(run.engine), but=weights)  # may be views of the weights
+    rest = live(every_tensor(), but={*before, *weights, *optimizer})
     run.engine.update(run.engine.gradient_norm())
-    return {"weights": weights, "optimizer": optimizer, "rest": everything - weights - optimizer}
+    found = {"weights": weights, "optimizer": optimizer, "rest": rest}
+    return {name: sum(storages.values()) for name, storages in found.items()}
 
 
 def optimizer_tensors(engine: Any) -> Iterable[Any]:
@@ -157,10 +163,6 @@ def live(tensors: Iterable[Any], but: Any = ()) -> dict[int, int]:
     """Bytes by storage, of storages that have memory."""
     storages = (each.untyped_storage() for each in tensors)
     return {s.data_ptr(): s.nbytes() for s in storages if s.nbytes() and s.data_ptr() not in but}
-
-
-def bytes_of(tensors: Iterable[Any]) -> int:
-    return sum(live(tensors).values())
 
 
 def report(rows: dict[str, dict[str, float]]) -> None:
