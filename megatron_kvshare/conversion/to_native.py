@@ -14,7 +14,7 @@ from megatron_kvshare.checkpoint.pickles import damaged
 from megatron_kvshare.checkpoint.reader import StoredModel
 from megatron_kvshare.checkpoint.save import Content, write_checkpoint
 from megatron_kvshare.checkpoint.tensors import NativeTensors, StoredTensors, stored_tensors
-from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.conversion.export import written_aside
 from megatron_kvshare.megatron_api.parallel import ParallelState
 
 
@@ -35,9 +35,6 @@ def to_native(stored: StoredModel, save: Path, state: ParallelState) -> Rewritte
     Raises:
         CheckpointError: ``save`` is in the way or cannot be written, or ``stored`` is damaged.
     """
-    if save.exists() and (not save.is_dir() or any(save.iterdir())):
-        rule = "something is there already"
-        raise CheckpointError(Fault("--save", str(save), rule, "name a new or an empty folder"))
     original = stored_tensors(stored.folder, stored.manifest)
     # Generators and the count of updates are in our own form, whoever has written the rest.
     beside = NativeTensors(stored.folder)
@@ -49,9 +46,10 @@ def to_native(stored: StoredModel, save: Path, state: ParallelState) -> Rewritte
     parts: list[Part] = []
     for name, source in sources.items():
         parts += single_parts("", {name: source.read(name)})
-    written = write_checkpoint(save, manifest, Content(parts), state)
-    _prove(sources, written.folder)
-    return Rewritten(written.folder, len(sources))
+    with written_aside(save) as aside:
+        written = write_checkpoint(aside, manifest, Content(parts), state)
+        _prove(sources, written.folder)
+    return Rewritten(save / written.folder.name, len(sources))
 
 
 def _prove(sources: dict[str, StoredTensors], folder: Path) -> None:
