@@ -7,7 +7,7 @@ that proves the formulas and what inductor makes of them, not Triton's code, whi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,17 +113,6 @@ def test_formulas(operation, dtype, request: pytest.FixtureRequest):
     ran = request.getfixturevalue("uncompiled")
     assert_near(with_gradients(operation, inputs), wanted, LIMITS[dtype])
     assert [name.rpartition("_")[2] for name in ran] == ["forward", "backward"]
-
-
-@pytest.fixture
-def compilations() -> Iterator[Callable[[], int]]:
-    """How many graphs torch has compiled since."""
-    from torch._dynamo.utils import counters
-
-    torch.compiler.reset()
-    counters.clear()
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch.compiler.reset()
 
 
 @pytest.mark.nightly

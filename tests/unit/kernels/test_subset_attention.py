@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -144,17 +144,6 @@ def test_where_there_is_one_kernel(monkeypatch: pytest.MonkeyPatch):
         assert not choice.has_subset_kernel(CUDA, torch.bfloat16, width, compile_wanted=True)
     monkeypatch.setattr(choice, "compute_capability", lambda device: (7, 5))
     assert not choice.has_subset_kernel(CUDA, torch.bfloat16, 64, compile_wanted=True)
-
-
-@pytest.fixture
-def compilations() -> Iterator[Callable[[], int]]:
-    """How many graphs torch has compiled since."""
-    from torch._dynamo.utils import counters
-
-    torch.compiler.reset()
-    counters.clear()
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch.compiler.reset()
 
 
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="inductor's CPU backend needs g++")
