@@ -19,6 +19,7 @@ from megatron_kvshare.conversion.importing import open_folder
 from megatron_kvshare.data.tokenizers import Tokenizer, kind_of, load_tokenizer
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.kernels.choice import on_gpu
+from megatron_kvshare.megatron_api.linear import read_for_few_rows
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT, build_stages
 from megatron_kvshare.model.parameters import fill
@@ -110,6 +111,7 @@ def serving_model(
     (model,) = build_stages(spec, layout, plan, stages, state)
     with torch.no_grad():
         fill(model, weights.read)
+    read_for_few_rows(model.parameters())
     return model.eval()
 
 

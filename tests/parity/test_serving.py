@@ -5,15 +5,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
 from megatron_kvshare.serving.engine import Engine
-from megatron_kvshare.serving.request import Sampling
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.patterns import build_map
-from megatron_kvshare.sharing.solver import CONVERGED_PREFILL, solver_plan
 from tests.parity.cases import one_of_each_pattern
 from tests.product import Tiny
 from tests.serving import ask, greedy, prompts_of, tiny_engine
