@@ -18,9 +18,17 @@ def register() -> None:
     """
     from transformers import AutoConfig
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.logger import init_logger
 
-    from megatron_kvshare.vllm_plugin.configuration import ServedConfig, Verify
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        from megatron_kvshare.vllm_plugin.configuration import ServedConfig, Verify
+    except ImportError as error:
+        # An exception here would keep vLLM from serving any model at all.
+        message = "megatron_kvshare's plugin does not fit this vLLM and serves nothing: %s"
+        init_logger(f"vllm.{__name__}").warning(message, error)
+        return
 
     AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = Verify

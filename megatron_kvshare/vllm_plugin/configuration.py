@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from importlib.metadata import requires
 from typing import Any
 
+import vllm
+from packaging.requirements import Requirement
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from megatron_kvshare.conversion.exported.configuration_kvshare import KVShareConfig
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.vllm_plugin.rules import Engine, faults, sharing_of
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is below its own name
 
 
 class ServedConfig(KVShareConfig):
@@ -32,6 +38,20 @@ class Verify(VerifyAndUpdateConfig):
         found = faults(config.to_dict(), sharing_of(config), _engine(vllm_config))
         if found:
             raise ConfigError(found)
+        _warn_of_other_versions()
+
+
+def _warn_of_other_versions() -> None:
+    """The plugin leans on what vLLM promises to nobody; what setup.py names has been looked at."""
+    for needed in map(Requirement, requires("megatron_kvshare") or ()):
+        if needed.name == "vllm" and not needed.specifier.contains(
+            vllm.__version__, prereleases=True
+        ):
+            logger.warning(
+                "megatron_kvshare: made for vLLM %s, this is %s: compare texts with transformers'",
+                needed.specifier,
+                vllm.__version__,
+            )
 
 
 def _engine(vllm_config: VllmConfig) -> Engine:

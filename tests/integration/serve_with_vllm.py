@@ -18,7 +18,10 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 def main(jobs: Path, results: Path) -> None:
     wanted = json.loads(jobs.read_text())
-    results.write_text(json.dumps({name: one(job, wanted) for name, job in wanted["jobs"].items()}))
+    found = {}
+    for name, job in wanted["jobs"].items():
+        found[name] = one(job, wanted)
+        results.write_text(json.dumps(found))
 
 
 def one(job: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:

@@ -206,8 +206,8 @@ def files_of(module: str) -> Iterator[Path]:
 
 
 def test_the_plugin_of_vllm_needs_torch_and_vllm_alone():
-    """Its environment has no megatron-core; transformers comes with vLLM."""
-    there = {*sys.stdlib_module_names, NAME, "torch", "vllm", "transformers"}
+    """Its environment has no megatron-core; vLLM brings transformers and packaging."""
+    there = {*sys.stdlib_module_names, NAME, "torch", "vllm", "transformers", "packaging"}
     waiting, seen = list((PACKAGE / "vllm_plugin").glob("*.py")), set()
     while waiting:
         path = waiting.pop()
