@@ -60,7 +60,7 @@ def reach(table: PageTable, limit: Tensor, window: int | None, page_size: int) -
     """``limit`` ``[b]``: one more than the last position that a sequence's query sees; ``window``:
     how many positions up to there it sees at most."""
     if table.table is not None:
-        return Reach(limit, window, None)
+        return Reach(limit.int(), window, None)
     position = table.first[:, None] + torch.arange(page_size, device=limit.device)
     last = limit[table.owner][:, None]
     hidden = position >= last
@@ -88,8 +88,8 @@ def attend_pages(query: Tensor, source: PagedKV) -> Tensor:
     biases = mask.expand(-1, groups, -1, -1).flatten(0, 1)  # [p * g, 1, page_size]
     scores = torch.baddbmm(biases, grouped, keys.transpose(1, 2), alpha=d**-0.5)
     highest = scores.amax(-1).view(len(owner), n)
-    of_sequence = highest.new_full((b, n), _FLOOR)
-    of_sequence = of_sequence.index_reduce_(0, owner, highest, "amax")
+    rows = owner[:, None].expand(-1, n)
+    of_sequence = highest.new_full((b, n), _FLOOR).scatter_reduce_(0, rows, highest, "amax")
     shift = of_sequence.index_select(0, owner).view(*scores.shape[:-1], 1)
     weights = scores.sub_(shift).exp_()
     totals = weights.sum(-1).view(len(owner), n)
@@ -101,6 +101,8 @@ def attend_pages(query: Tensor, source: PagedKV) -> Tensor:
 
 def _varlen(query: Tensor, source: PagedKV) -> Tensor:
     """FlashAttention as torch has it, on the pool and the table as they are."""
+    if source.reach.window == 0:
+        return torch.zeros_like(query)
     from torch.nn.attention.varlen import varlen_attn
 
     key, value, table, (limit, window, _) = source

@@ -11,7 +11,7 @@ from megatron_kvshare.model.context import VisitContext
 from megatron_kvshare.model.core_attention import attend
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.model.kv import KV
-from megatron_kvshare.model.kv_view import KVView
+from megatron_kvshare.model.kv_view import AnyView, View
 from megatron_kvshare.model.modules import LayerSpec
 from megatron_kvshare.model.recompute import recomputed
 
@@ -41,7 +41,7 @@ class SharedKVAttention(nn.Module):
         self.linear_proj = spec.row(heads.query_width, config.hidden_size, config)
         self.recompute_core = recompute_core
 
-    def forward(self, x: torch.Tensor, view: KVView) -> tuple[torch.Tensor, KVView]:
+    def forward(self, x: torch.Tensor, view: AnyView) -> tuple[torch.Tensor, AnyView]:
         """``[s, b, h]`` and the keys and values known so far -> ``[s, b, h]``, and the same with
         those that this layer makes."""
         query, own = self._heads_of(self.linear_qkv(x), view.context)
@@ -50,7 +50,7 @@ class SharedKVAttention(nn.Module):
         attended = recomputed(attend, self.recompute_core)(query, *view.readable(self.layer))
         return self.linear_proj(attended), view
 
-    def read_own(self, x: torch.Tensor, view: KVView) -> torch.Tensor:
+    def read_own(self, x: torch.Tensor, view: View) -> torch.Tensor:
         """A producer whose keys and values are there already: queries and attention alone."""
         projected = self.linear_qkv(x, slice(0, self.heads.local_query_width))
         query = self._query_of(projected, view.context)

@@ -27,7 +27,7 @@ from megatron_kvshare.model.modules import build_norm
 from megatron_kvshare.model.recompute import RecomputePolicy, recomputed
 from megatron_kvshare.model.sweep import SumOverRanks, SweepRunner
 from megatron_kvshare.sharing.map import SharingMap
-from megatron_kvshare.sharing.plan import ExecutionPlan, LayerStep
+from megatron_kvshare.sharing.plan import ExecutionPlan, LayerStep, StepMode
 from megatron_kvshare.stages.placement import Stage
 
 
@@ -83,22 +83,25 @@ class SharedKVBlock(nn.Module):
         contexts: SequenceContexts,
         plan: ExecutionPlan,
         measure_residual: bool = False,
+        keep_kv: bool = False,
     ) -> BlockOutput:
-        """Embeddings or what the stage below made -> the same above, by a plan of this block's
-        map."""
+        """Embeddings or what the stage below made -> the same above, by a plan of this block's map;
+        ``keep_kv``: with the keys and values of every producer, read by others or not."""
         assert plan.map == self.sharing, "the plan is for another map"
         hidden, kv = entering
         measured = measure_residual and bool(plan.groups)
         residuals = plan_residuals(plan, hidden.device) if measured else None
         for segment in plan.within(self.stage.layers):
             if segment.is_cyclic:
-                hidden, kv, rows = self.sweeps.run_group(segment, hidden, kv, contexts, measured)
+                hidden, kv, rows = self.sweeps.run_group(
+                    segment, hidden, kv, contexts, measured, keep_kv
+                )
                 if residuals is not None:
                     residuals[plan.groups.index(segment), : len(rows)] = torch.stack(rows)
                 continue
             for steps, again in self.recompute.chunks(segment.only_visit.steps):
                 run = recomputed(self.run_layers, again)
-                hidden, kv = run(steps, hidden, kv, contexts.whole)
+                hidden, kv = run(steps, hidden, kv, contexts.whole, keep_kv)
         return BlockOutput(StageTensors(hidden, kv), residuals)
 
     def run_layers(
@@ -107,12 +110,17 @@ class SharedKVBlock(nn.Module):
         hidden: torch.Tensor,
         kv: Mapping[int, KV],
         context: VisitContext,
+        keep_kv: bool = False,
     ) -> tuple[torch.Tensor, Mapping[int, KV]]:
-        """Layers from bottom to top, each once for all tokens."""
+        """Layers from bottom to top, as much of each as its step asks for, once for all tokens."""
         view = KVView.of_all_tokens(kv, context)
         for step in steps:
-            hidden, view = self.layers[step.layer - self.stage.first](hidden, view)
-            if not self.sharing.consumers_of(step.layer):
+            layer = self.layers[step.layer - self.stage.first]
+            if step.mode is StepMode.KV_ONLY:
+                view = view.with_own(step.layer, layer.key_values(hidden, context))
+                continue
+            hidden, view = layer(hidden, view)
+            if not (keep_kv or self.sharing.consumers_of(step.layer)):
                 view = view.without(step.layer)
         return hidden, view.whole()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from megatron_kvshare.kernels.choice import causal_kernel, has_subset_kernel
 from megatron_kvshare.kernels.subset_attention import subset_mask
+from megatron_kvshare.model.kv import KV
 from megatron_kvshare.model.rotary import Rotary, rotary
 from megatron_kvshare.model.visibility import SequenceLayout, Visibility
 from megatron_kvshare.sharing.plan import subset_length
@@ -21,12 +24,21 @@ the CPU: at 64 queries it takes 1.3 times as long, at 512 three quarters)."""
 _Seen = dict[tuple[bool, bool, int], Visibility]
 
 
+class Past(NamedTuple):
+    """The ``tokens`` before those of a forward, whose keys and values are final: of every
+    producer."""
+
+    tokens: int
+    kv: Mapping[int, KV]
+
+
 @dataclass(frozen=True)
 class VisitContext:
     """For the tokens ``offset::stride`` of every sequence: rotary tables, and what they may see.
 
     ``layout`` is the whole sequences'. ``blockwise``: a subset reads without a full mask, as
-    ``one_kernel`` or by one for each block of keys. ``_seen`` only remembers what
+    ``one_kernel`` or by one for each block of keys. ``past``: what all of them see besides; subsets
+    go by the position within ``layout`` all the same. ``_seen`` only remembers what
     :meth:`visibility` has built.
     """
 
@@ -37,6 +49,7 @@ class VisitContext:
     one_kernel: bool
     stride: int = 1
     offset: int = 0
+    past: Past | None = None
     _seen: _Seen = field(default_factory=dict)
 
     @property
@@ -53,6 +66,8 @@ class VisitContext:
 
     def _visibility(self, strict: bool, windowed: bool, known: int) -> Visibility:
         window = self.spec.window_size if windowed else None
+        if self.past is not None:
+            return self._after_past(self.past.tokens, strict, window, known)
         if self.stride == 1:
             return self.layout.visibility(strict, window)
         full = window is None or window >= self.layout.length
@@ -69,6 +84,18 @@ class VisitContext:
             first_token=self.offset == 0,
         )
         return replace(subset.visibility(strict, window), grouped=True)
+
+    def _after_past(self, past: int, strict: bool, window: int | None, known: int) -> Visibility:
+        """The keys are those of the past, then the known blocks."""
+        own = [past + self._positions(block) for block in range(known)]
+        layout = replace(
+            self.layout,
+            length=past + self.layout.length,
+            query_positions=past + self._positions(self.offset),
+            key_positions=torch.cat([torch.arange(past, device=self.layout.device), *own]),
+            first_token=False,
+        )
+        return layout.visibility(strict, window)
 
     def _positions(self, offset: int) -> torch.Tensor:
         return torch.arange(offset, self.layout.length, self.stride, device=self.layout.device)
@@ -114,15 +141,20 @@ def subset_kernel(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
 
 
 def sequence_contexts(
-    spec: ModelSpec, layout: SequenceLayout, position_ids: torch.Tensor | None
+    spec: ModelSpec,
+    layout: SequenceLayout,
+    position_ids: torch.Tensor | None,
+    past: Past | None = None,
 ) -> SequenceContexts:
-    """``position_ids`` ``[b, s]`` when documents restart their positions, else None for 0..s-1."""
+    """``position_ids`` ``[b, s]`` when documents restart their positions, else None for 0..s-1, or
+    for what follows the ``past``."""
     positions = position_ids
     if positions is None:
-        positions = torch.arange(layout.length, device=layout.device)
+        first = 0 if past is None else past.tokens
+        positions = torch.arange(first, first + layout.length, device=layout.device)
     tables = rotary(positions, spec.model, layout.dtype)
     kind = (layout.device, layout.dtype, spec.model.head_dim)
     one_kernel = subset_kernel(spec, *kind[:2])
-    whole = VisitContext(tables, spec, layout, blockwise=False, one_kernel=one_kernel)
+    whole = VisitContext(tables, spec, layout, blockwise=False, one_kernel=one_kernel, past=past)
     kernel = causal_kernel(*kind)
     return SequenceContexts(whole, has_block_kernel=kernel is not None)

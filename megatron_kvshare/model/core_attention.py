@@ -8,19 +8,25 @@ import torch
 import torch.nn.functional as F
 
 from megatron_kvshare.kernels import choice
+from megatron_kvshare.kernels.paged_attention import PagedKV, attend_pages
 from megatron_kvshare.kernels.subset_attention import attend_subset
 from megatron_kvshare.model.block_attention import attend_blocks
 from megatron_kvshare.model.kv import KV, KVBlocks
 from megatron_kvshare.model.visibility import Visibility
 
 
-def attend(query: torch.Tensor, source: KV | KVBlocks, visible: Visibility) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, source: KV | KVBlocks | PagedKV, visible: Visibility
+) -> torch.Tensor:
     """``[q, b, n, d]`` queries over ``[s, b, g, d]`` keys and values -> ``[q, b, n * d]``.
 
     The causal and the strictly causal case run without a mask. The strict one (method: a token of
     an upward layer sees earlier tokens only) is the causal kernel on queries 1.. and keys ..s-2,
-    and 0 for token 0. Of a token subset likewise, for each block of keys.
+    and 0 for token 0. Of a token subset likewise, for each block of keys. Pages are read by one
+    query of each sequence, and know what it sees.
     """
+    if isinstance(source, PagedKV):
+        return attend_pages(query[0], source).flatten(1).unsqueeze(0)
     if isinstance(source, KVBlocks):
         return _MergeHeads.apply(_over_blocks(query, source, visible))
     q, k, v = (_heads_first(x) for x in (query, *source))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self, TypeVar
 
+from megatron_kvshare.kernels.paged_attention import PagedKV
 from megatron_kvshare.model.context import VisitContext
 from megatron_kvshare.model.kv import KV, KVBlocks, KVState
 from megatron_kvshare.model.visibility import Visibility
@@ -14,8 +15,28 @@ from megatron_kvshare.model.visibility import Visibility
 class Readable(NamedTuple):
     """Keys and values as attention takes them, and which of them a query sees."""
 
-    kv: KV | KVBlocks
+    kv: KV | KVBlocks | PagedKV
     visible: Visibility
+
+
+class View(Protocol):
+    """What a layer needs of the keys and values around it, and where it leaves its own."""
+
+    @property
+    def context(self) -> VisitContext:
+        """Of the tokens that the layer runs for."""
+        ...
+
+    def with_own(self, producer: int, own: KV) -> Self:
+        """After ``producer`` has made its keys and values of the context's tokens."""
+        ...
+
+    def readable(self, layer: int) -> Readable:
+        """What the attention of ``layer`` reads."""
+        ...
+
+
+AnyView = TypeVar("AnyView", bound=View)
 
 
 @dataclass(frozen=True)
@@ -55,6 +76,10 @@ class KVView:
         joined = {key: kept for key, kept in self._joined.items() if key != producer}
         return KVView({**self.known, producer: blocks}, self.context, others, joined)
 
+    def can_read(self, producer: int) -> bool:
+        """Whether there is anything yet of what ``producer`` makes."""
+        return bool(self.blocks(producer).known) or self.context.past is not None
+
     def without(self, producer: int) -> KVView:
         """Without the keys and values of ``producer``, which no other layer reads."""
         known = {other: blocks for other, blocks in self.known.items() if other != producer}
@@ -74,6 +99,10 @@ class KVView:
     def _arrange(self, layer: int, producer: int) -> Readable:
         """As blocks where no mask is needed, else as one tensor."""
         blocks = self.blocks(producer)
+        if self.context.past is not None:
+            before = self.context.past.kv[producer]
+            visible = self.context.visibility(layer, len(blocks.known))
+            return Readable(KVBlocks((before, *blocks.known)).concatenated(), visible)
         visible = self.context.visibility(layer, len(blocks.known))
         if visible.block_mask is not None:
             if producer not in self._joined:

@@ -11,7 +11,7 @@ from megatron_kvshare.model.attention import SharedKVAttention
 from megatron_kvshare.model.context import VisitContext
 from megatron_kvshare.model.heads import HeadLayout
 from megatron_kvshare.model.kv import KV
-from megatron_kvshare.model.kv_view import KVView
+from megatron_kvshare.model.kv_view import AnyView, View
 from megatron_kvshare.model.modules import SwiGLU, add_and_norm, build_norm, layer_spec
 
 
@@ -36,7 +36,7 @@ class KVShareLayer(nn.Module):
         self.post_attention_layernorm = build_norm(model, config)
         self.mlp = SwiGLU(spec, config)
 
-    def forward(self, hidden: torch.Tensor, view: KVView) -> tuple[torch.Tensor, KVView]:
+    def forward(self, hidden: torch.Tensor, view: AnyView) -> tuple[torch.Tensor, AnyView]:
         """Hidden states and the keys and values known so far -> both, after this layer."""
         attended, view = self.self_attention(self.input_layernorm(hidden), view)
         return self.feed_forward(hidden, attended), view
@@ -55,7 +55,7 @@ class KVShareLayer(nn.Module):
         """The layer's keys and values alone: what a sweep needs of its top layer."""
         return self.self_attention.key_values(self.input_layernorm(hidden), context)
 
-    def read_own(self, hidden: torch.Tensor, view: KVView) -> torch.Tensor:
+    def read_own(self, hidden: torch.Tensor, view: View) -> torch.Tensor:
         """The rest of the layer, when its keys and values are there already."""
         attended = self.self_attention.read_own(self.input_layernorm(hidden), view)
         return self.feed_forward(hidden, attended)

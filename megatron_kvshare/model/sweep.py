@@ -82,8 +82,10 @@ class SweepRunner:
         kv: Mapping[int, KV],
         contexts: SequenceContexts,
         measure: bool,
+        keep_kv: bool = False,
     ) -> GroupOutput:
-        """Every sweep that the plan asks for, each from the same ``hidden``; ``kv``: from below."""
+        """Every sweep that the plan asks for, each from the same ``hidden``; ``kv``: from below;
+        ``keep_kv``: give out those of every producer, else what layers above the group read."""
         decide = any(sweep.skip_below is not None for sweep in segment.sweeps)
         output = SweepOutput(hidden, {}, {})
         rows, moved = [], math.inf
@@ -102,7 +104,8 @@ class SweepRunner:
         leaving = {
             producer: output.kv[producer].whole()
             for producer in self._producers(segment)
-            if any(reader > segment.last for reader in self.sharing.consumers_of(producer))
+            if keep_kv
+            or any(reader > segment.last for reader in self.sharing.consumers_of(producer))
         }
         return GroupOutput(output.hidden, {**kv, **leaving}, rows if measure else [])
 
@@ -158,7 +161,7 @@ class SweepRunner:
                 inputs[step.layer] = hidden
             if step.mode is StepMode.KV_ONLY:
                 view = view.with_own(step.layer, layer.key_values(hidden, context))
-            elif step.mode is StepMode.NO_ATTENTION:
+            elif step.mode is StepMode.NO_ATTENTION and context.past is None:
                 # A node of its own: backward then adds gradients in the order of a full layer.
                 hidden = layer.feed_forward(hidden.view_as(hidden))
             elif (stand_in := self._stand_in(step, hidden, view)) is not None:
@@ -173,7 +176,7 @@ class SweepRunner:
         source = self.sharing.sources[step.layer]
         if step.mode is StepMode.OWN_INPUT:
             return self.layers[source].key_values(hidden, view.context)
-        if source == step.layer or view.blocks(source).known:
+        if source == step.layer or view.can_read(source):
             return None
         # The first sweep of a plan that does not skip the layer's attention.
         shape = (view.context.num_tokens, hidden.shape[1], self.heads.local_kv_heads)

@@ -28,6 +28,11 @@ class CacheGroup:
             return whole
         return min(whole, -(-self.window // page_size) + 1)
 
+    def peak_pages(self, tokens: int, page_size: int) -> int:
+        """The same while a chunk of a prompt is run: beside what it leaves, what it reads."""
+        whole = -(-tokens // page_size)
+        return min(whole, 2 * self.most_pages(tokens, page_size))
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -55,23 +60,31 @@ class CacheLayout:
         """Of one token in every layer that has a cache."""
         return sum(self.page_bytes(group) for group in self.groups) // self.page_size
 
-    def sequence_bytes(self, tokens: int) -> int:
-        """Pages that one sequence of ``tokens`` holds at most."""
-        return sum(
-            group.most_pages(tokens, self.page_size) * self.page_bytes(group)
-            for group in self.groups
-        )
-
-    def pages_for(self, sequences: int, tokens: int) -> tuple[int, ...]:
-        """Pages of each group that so many sequences of ``tokens`` need."""
-        return tuple(sequences * group.most_pages(tokens, self.page_size) for group in self.groups)
+    def pages_for(self, cached: int, tokens: int) -> tuple[int, ...]:
+        """Pages of each group for ``cached`` tokens in all, of sequences of up to ``tokens``: where
+        a window drops tokens, a share of them; enough for one sequence at least."""
+        pages = []
+        for group in self.groups:
+            most = group.most_pages(tokens, self.page_size)
+            share = cached if group.window is None else cached * most * self.page_size // tokens
+            least = 0 if group.window is None else group.peak_pages(tokens, self.page_size)
+            pages.append(max(least, -(-share // self.page_size)))
+        return tuple(pages)
 
     def pages_within(self, budget: int, tokens: int) -> tuple[int, ...]:
         """The pages of each group that ``budget`` bytes hold, in the proportion in which sequences
         of ``tokens`` need them."""
-        needed = [group.most_pages(tokens, self.page_size) for group in self.groups]
-        each = self.sequence_bytes(tokens)
-        return tuple(budget * pages // each for pages in needed)
+        low, high = 0, budget
+        while low < high:  # the most tokens whose pages fit
+            middle = (low + high + 1) // 2
+            fits = self.pages_bytes(self.pages_for(middle, tokens)) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self.pages_for(low, tokens)
+
+    def pages_bytes(self, pages: tuple[int, ...]) -> int:
+        """What so many pages of each group take."""
+        pairs = zip(self.groups, pages, strict=True)
+        return sum(count * self.page_bytes(group) for group, count in pairs)
 
 
 def cache_groups(map: SharingMap, window_size: int | None) -> tuple[CacheGroup, ...]:

@@ -1,0 +1,154 @@
+"""From a checkpoint or a Hugging Face folder to a running engine."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_kvshare.checkpoint.reader import open_checkpoint
+from megatron_kvshare.checkpoint.tensors import TensorSource
+from megatron_kvshare.config import ParallelConfig
+from megatron_kvshare.conversion.folder import CONFIG
+from megatron_kvshare.conversion.importing import open_folder
+from megatron_kvshare.data.tokenizers import Tokenizer, kind_of, load_tokenizer
+from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.kernels.choice import on_gpu
+from megatron_kvshare.megatron_api.parallel import ParallelState
+from megatron_kvshare.model.gpt import KVShareGPT, build_stages
+from megatron_kvshare.model.parameters import fill
+from megatron_kvshare.serving.cache import PagedCache
+from megatron_kvshare.serving.engine import Engine
+from megatron_kvshare.serving.layout import CacheLayout
+from megatron_kvshare.serving.runner import WorkerRunner
+from megatron_kvshare.serving.settings import EngineSettings
+from megatron_kvshare.serving.worker import Worker
+from megatron_kvshare.sharing.solver import solver_plan
+from megatron_kvshare.spec.model_spec import ModelSpec
+from megatron_kvshare.stages.placement import Placement
+
+_OF_FREE_MEMORY = 0.85
+"""Of what a GPU has left beside the weights; the rest is for a step's own tensors."""
+
+
+class Opened(NamedTuple):
+    """A model that has not been built. ``eos``: the tokens that end a text."""
+
+    spec: ModelSpec
+    weights: TensorSource
+    tokenizer: Tokenizer | None
+    eos: tuple[int, ...]
+
+
+def open_model(
+    path: str | Path, tokenizer_model: str | None = None, trust_remote_code: bool = False
+) -> Opened:
+    """Open a checkpoint (the ``--save`` folder of a run or one of its ``iter_*`` folders) or a
+    Hugging Face folder; no code in it is run.
+
+    Raises:
+        CheckpointError: nothing there that can be loaded, or it is damaged.
+        DataError: the tokenizer cannot be loaded.
+    """
+    folder = Path(path)
+    if (folder / CONFIG).is_file():
+        found = open_folder(folder)
+        spec, weights, doubts = found.spec, found.weights, found.doubts
+        has_tokenizer = (folder / "tokenizer.json").is_file()
+        kind, model = "HuggingFaceTokenizer", str(folder) if has_tokenizer else None
+        named = _eos_of(folder)
+    else:
+        stored = open_checkpoint(folder)
+        spec, weights, doubts = stored.spec, stored.weights, stored.doubts
+        kind = stored.manifest.config["tokenizer_type"]
+        model, named = stored.manifest.config["tokenizer_model"], ()
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=2)
+    if tokenizer_model is not None:
+        kind, model = kind_of(tokenizer_model), tokenizer_model
+    tokenizer = None
+    if model is not None:
+        tokenizer = load_tokenizer(kind, model, trust_remote_code=trust_remote_code)
+    eos = named
+    if not eos and tokenizer is not None and tokenizer.eod is not None:
+        eos = (tokenizer.eod,)
+    return Opened(spec, weights, tokenizer, eos)
+
+
+def start_engine(opened: Opened, settings: EngineSettings, state: ParallelState) -> Engine | None:
+    """Build the model on this rank. Rank 0 returns the engine; the others return None, once it has
+    been closed.
+
+    Raises:
+        ConfigError: the settings do not fit the model, or the cache does not hold anything.
+    """
+    model = serving_model(opened.spec, opened.weights, settings.bf16, state)
+    runner = WorkerRunner(Worker(model, new_cache(model, settings, state)), state)
+    if not state.is_first:
+        runner.follow()
+        return None
+    return Engine(opened.spec, runner, settings, opened.tokenizer, opened.eos)
+
+
+def serving_model(
+    spec: ModelSpec, weights: TensorSource, bf16: bool, state: ParallelState
+) -> KVShareGPT:
+    """This rank's part of the model, without what only training needs."""
+    if state.pp_size > 1:
+        rule = "a token goes through all layers, and keys and values between them, on every rank"
+        fix = "use --tensor-model-parallel-size instead"
+        raise ConfigError(Fault("--pipeline-model-parallel-size", state.pp_size, rule, fix))
+    plain = {"recompute_granularity": None, "transformer_impl": "local", "compile": False}
+    spec = replace(spec, model=replace(spec.model, bf16=bf16, **plain))
+    plan, stages = solver_plan(spec.map, spec.recipe), Placement.whole(spec.map).stages
+    layout = ParallelConfig(tensor_model_parallel_size=state.tp_size)
+    (model,) = build_stages(spec, layout, plan, stages, state)
+    with torch.no_grad():
+        fill(model, weights.read)
+    return model.eval()
+
+
+def new_cache(model: KVShareGPT, settings: EngineSettings, state: ParallelState) -> PagedCache:
+    """As large as the settings say, or as there is room for."""
+    spec, dtype = model.spec, model.config.params_dtype
+    layout = CacheLayout.of(spec, settings.page_size, dtype.itemsize, state.tp_size)
+    length = settings.max_length or spec.model.max_positions
+    device = state.platform.device
+    if settings.cache_tokens is not None:
+        pages = layout.pages_for(settings.cache_tokens, length)
+    elif settings.cache_gb is not None:
+        pages = layout.pages_within(int(settings.cache_gb * 1e9), length)
+    elif on_gpu(device):
+        free = torch.tensor(torch.cuda.mem_get_info(device)[0], dtype=torch.float64)
+        pages = layout.pages_within(int(_least(free, state) * _OF_FREE_MEMORY), length)
+    else:
+        pages = layout.pages_for(settings.max_batch_size * length, length)
+    if min(pages) < 1:
+        rule = f"it does not hold a page of {layout.page_size} tokens for every layer's cache"
+        value = settings.cache_gb if settings.cache_tokens is None else settings.cache_tokens
+        fix = "give it more room, or use a smaller --page-size"
+        raise ConfigError(Fault("the cache", value, rule, fix))
+    return PagedCache(layout, pages, spec.model.head_dim, dtype, device)
+
+
+def _least(value: torch.Tensor, state: ParallelState) -> float:
+    """Over the tensor-parallel ranks."""
+    value = value.to(state.platform.device)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN, state.tp_group)
+    return float(value)
+
+
+def _eos_of(folder: Path) -> tuple[int, ...]:
+    """What the folder's files say; ``generation_config.json`` first, as transformers does."""
+    for name in ("generation_config.json", CONFIG):
+        if (folder / name).is_file():
+            named = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if named is not None:
+                ids: Sequence[int] = named if isinstance(named, list) else [named]
+                return tuple(ids)
+    return ()
