@@ -30,6 +30,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8"],
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
     "eval": ["lm_eval>=0.4.13", "accelerate"],
+    "serve": ["fastapi>=0.165", "uvicorn>=0.54", "prometheus_client>=0.26"],
     "tracking": ["wandb>=0.22.3", "tensorboard"],
     "test": [
         "pytest",
@@ -40,6 +41,7 @@ EXTRAS = {
         "types-PyYAML",
         "matplotlib",
         "psutil",
+        "httpx",
     ],
 }
 # lm-eval brings much that nothing else here needs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import Field
 
@@ -12,6 +12,9 @@ from megatron_kvshare.config.fields.types import SCHEMA, Count, Positive, datacl
 from megatron_kvshare.config.flags.rule import rule
 from megatron_kvshare.errors import Fault
 from megatron_kvshare.serving.settings import EngineSettings, PrefillMode
+
+if TYPE_CHECKING:
+    from megatron_kvshare.serving.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)
@@ -80,3 +83,17 @@ def one_model(config: _HasModel) -> Iterator[Fault]:
     if (config.model.load is None) == (config.model.hf is None):
         what = "one model is loaded"
         yield Fault("--load, --hf", config.model.load, what, "give either --load or --hf")
+
+
+def start(model: ServedModel, settings: EngineSettings) -> Engine | None:
+    """The engine, on the first rank; the others return None, once it has been closed.
+
+    Raises:
+        KVShareError: the model or its tokenizer cannot be loaded, or does not fit.
+    """
+    from megatron_kvshare.megatron_api import parallel
+    from megatron_kvshare.serving.load import open_model, start_engine
+
+    opened = open_model(model.path, model.tokenizer_model, model.trust_remote_code)
+    state = parallel.initialize(model.tensor_model_parallel_size)
+    return start_engine(opened, settings, state)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_kvshare.cli.engine_flags import EngineFlags, ServedModel, one_model
+from megatron_kvshare.cli.engine_flags import EngineFlags, ServedModel, one_model, start
 from megatron_kvshare.config.fields.types import (
     SCHEMA,
     Index,
@@ -68,16 +68,9 @@ def run(argv: Sequence[str]) -> int:
     config = parse(ServeConfig, argv, command)
     settings, engine_settings = _settings(config), config.engine.settings()
     from megatron_kvshare.server.listening import Server, bound
-    from megatron_kvshare.serving.load import open_engine
 
     listener = bound(settings) if speaks() else None
-    engine = open_engine(
-        config.model.path,
-        engine_settings,
-        tensor_parallel=config.model.tensor_model_parallel_size,
-        tokenizer_model=config.model.tokenizer_model,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    engine = start(config.model, engine_settings)
     if engine is not None and listener is not None:
         _warn(settings)
         Server(engine, settings).serve_until_stopped(listener)

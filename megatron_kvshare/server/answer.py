@@ -127,8 +127,10 @@ def chat_logprobs(entries: Sequence[Entry] | None, texts: Texts) -> dict[str, An
 
 
 def _spelled(token: int, logprob: float, texts: Texts) -> dict[str, Any]:
+    """``bytes`` is left open for a part of a character, whose own are not known."""
     text = texts.spelling(token)
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+    content = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": _finite(logprob), "bytes": content}
 
 
 def _number(logprob: TokenLogprob | None) -> float | None:

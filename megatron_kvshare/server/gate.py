@@ -57,7 +57,8 @@ class Gate:
         if key is None or path in OPEN_PATHS:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not secrets.compare_digest(given.encode(), key.encode()):
+        sent = given.encode("latin-1")  # as starlette has decoded it
+        if kind.lower() != "bearer" or not secrets.compare_digest(sent, key.encode()):
             raise Refusal(
                 401,
                 "this server wants its API key, as Authorization: Bearer KEY",

@@ -78,7 +78,9 @@ class _Keys(BaseModel):
 
 def _is_one_of(given: object, values: tuple[Any, ...]) -> bool:
     """Equality in which 0 is 0.0 but not False."""
-    return any(given == each and isinstance(given, bool) == isinstance(each, bool) for each in values)
+    return any(
+        given == each and isinstance(given, bool) == isinstance(each, bool) for each in values
+    )
 
 
 _Number = Annotated[int, Field(ge=-(2**31), lt=2**31)]

@@ -17,7 +17,7 @@ from megatron_kvshare.server.app import Service, create_app
 from megatron_kvshare.server.listening import Server, bound
 from megatron_kvshare.server.settings import ServerSettings
 from megatron_kvshare.serving.engine import Engine
-from megatron_kvshare.serving.load import open_engine
+from megatron_kvshare.serving.load import open_model, start_engine
 from megatron_kvshare.serving.settings import EngineSettings
 from tests.served import SMALL, write_served
 
@@ -36,7 +36,7 @@ def new_engine(folder: Path, single) -> Callable[..., Engine]:
 
     def made(**settings: Any) -> Engine:
         chosen = {"page_size": 8, "kv_prefill": "exact", "max_batch_size": 4, **settings}
-        engine = open_engine(folder, EngineSettings(**chosen), device="cpu")
+        engine = start_engine(open_model(folder), EngineSettings(**chosen), single)
         assert engine is not None
         return engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.served import END, ROLE
 from tests.unit.server.conftest import MODEL
 
 TOLERANCE = 1e-4
+HOT = {"temperature": 20.0}
 GREEDY = {"temperature": 0, "ignore_eos": True}
 TEXT = "shared keys, 日本語 🙂."
 
@@ -105,33 +107,34 @@ def test_several_prompts_are_answered_as_each_alone(client, prompt):
 
 
 def test_a_seed_decides(client):
-    hot = {"prompt": "keys", "max_tokens": 12, "temperature": 30.0}
-    texts = [post(client, **hot, seed=seed)["choices"][0]["text"] for seed in (1, 1, 2)]
+    asked = {"prompt": "keys", "max_tokens": 12, **HOT}
+    texts = [post(client, **asked, seed=seed)["choices"][0]["text"] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_stop_string_ends_the_text_before_it(client):
-    plain = post(client, prompt=TEXT, max_tokens=24, seed=3, temperature=20.0)["choices"][0]
+    asked = {"prompt": TEXT, "max_tokens": 24, "seed": 3, "ignore_eos": True, **HOT}
+    (plain,) = post(client, **asked)["choices"]
     stop = plain["text"][5:8]
-    cut = post(client, prompt=TEXT, max_tokens=24, seed=3, temperature=20.0, stop=stop)
-    assert cut["choices"][0]["text"] == plain["text"][: plain["text"].index(stop)]
-    assert cut["choices"][0]["finish_reason"] == "stop"
-    assert plain["finish_reason"] == "length"
+    (cut,) = post(client, **asked, stop=stop)["choices"]
+    assert cut["text"] == plain["text"][: plain["text"].index(stop)]
+    assert (plain["finish_reason"], cut["finish_reason"]) == ("length", "stop")
 
 
-def test_the_end_token_is_scored_but_not_shown(client, tokenizer):
+def test_the_token_that_ends_is_scored_but_not_shown(client):
     """lm-eval leaves out the last entry, the one new token's, whichever that is."""
-    end = tokenizer.encode(END)
-    asked = {"prompt": [9, *end], "echo": True, "logprobs": 1, "max_tokens": 1}
-    told = post(client, **asked, stop_token_ids=list(range(320)))["choices"][0]
-    assert len(told["logprobs"]["token_logprobs"]) == 3
-    assert told["finish_reason"] == "stop"
-    assert told["text"] == tokenizer.decode([9, *end])
+    asked = {"prompt": [9, 10], "echo": True, "logprobs": 1, "max_tokens": 1, **GREEDY}
+    (plain,) = post(client, **asked, return_token_ids=True)["choices"]
+    (ended,) = post(client, **asked, stop_token_ids=plain["token_ids"])["choices"]
+    assert ended["logprobs"] == plain["logprobs"]
+    assert len(ended["logprobs"]["token_logprobs"]) == 3
+    assert (plain["finish_reason"], ended["finish_reason"]) == ("length", "stop")
+    assert plain["text"].startswith(ended["text"]) and plain["text"] != ended["text"]
 
 
 class TestStreams:
     def test_chunks_add_up_to_the_whole(self, client):
-        asked = {"prompt": [TEXT, "keys"], "max_tokens": 11, "n": 2, "seed": 4, "temperature": 20.0}
+        asked = {"prompt": [TEXT, "keys"], "max_tokens": 11, "n": 2, "seed": 4, **HOT}
         asked |= {"logprobs": 2, "echo": True, "return_token_ids": True}
         whole = post(client, **asked)
         chunks = events(client, **asked, stream_options={"include_usage": True})
@@ -140,26 +143,31 @@ class TestStreams:
         for choice in whole["choices"]:
             parts = [c for x in chunks for c in x["choices"] if c["index"] == choice["index"]]
             assert "".join(part["text"] for part in parts) == choice["text"]
-            assert sum((part["token_ids"] for part in parts), []) == choice["token_ids"]
+            assert [*chain(*(part["token_ids"] for part in parts))] == choice["token_ids"]
             for name, wanted in choice["logprobs"].items():
-                assert sum((part["logprobs"][name] for part in parts), []) == wanted
+                assert [*chain(*(part["logprobs"][name] for part in parts))] == wanted
             reasons = [part["finish_reason"] for part in parts]
             assert reasons == [None] * (len(parts) - 1) + [choice["finish_reason"]]
 
     def test_of_a_chat(self, client):
         asked = {"messages": chat(TEXT), "max_completion_tokens": 11, "seed": 4}
-        asked |= {"logprobs": True, "top_logprobs": 2, "temperature": 20.0}
+        asked |= {"logprobs": True, "top_logprobs": 2, "ignore_eos": True, **HOT}
         path = "/v1/chat/completions"
         (whole,) = post(client, path, **asked)["choices"]
         first, *parts = [x["choices"][0] for x in events(client, path, **asked)]
         assert first["delta"] == {"role": "assistant", "content": ""}
         assert whole["message"]["content"] == "".join(x["delta"].get("content", "") for x in parts)
         content = [entry for part in parts for entry in part["logprobs"]["content"]]
-        assert content == whole["logprobs"]["content"] and len(content) == 11
+        assert len(content) == 11
+        for got, wanted in zip(content, whole["logprobs"]["content"], strict=True):
+            assert (got["token"], got["bytes"]) == (wanted["token"], wanted["bytes"])
+            # The second time, keys and values of the prompt are those of the first.
+            assert abs(got["logprob"] - wanted["logprob"]) <= TOLERANCE
+            assert got["bytes"] is None or bytes(got["bytes"]).decode() == got["token"]
         assert parts[-1]["finish_reason"] == whole["finish_reason"] == "length"
 
     def test_text_that_a_stop_string_may_still_cut_is_held_back(self, client):
-        asked = {"prompt": TEXT, "max_tokens": 24, "seed": 3, "temperature": 20.0}
+        asked = {"prompt": TEXT, "max_tokens": 24, "seed": 3, "ignore_eos": True, **HOT}
         text = post(client, **asked)["choices"][0]["text"]
         stop = text[7:10]
         chunks = events(client, **asked, stop=[stop, "\x00never"])
