@@ -41,7 +41,7 @@ EXTRAS = {
         "types-PyYAML",
         "matplotlib",
         "psutil",
-        "httpx",
+        "httpx2",
     ],
 }
 # lm-eval brings much that nothing else here needs.

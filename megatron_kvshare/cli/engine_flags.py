@@ -91,9 +91,12 @@ def start(model: ServedModel, settings: EngineSettings) -> Engine | None:
     Raises:
         KVShareError: the model or its tokenizer cannot be loaded, or does not fit.
     """
-    from megatron_kvshare.megatron_api import parallel
+    from megatron_kvshare.megatron_api import parallel, platform
     from megatron_kvshare.serving.load import open_model, start_engine
 
     opened = open_model(model.path, model.tokenizer_model, model.trust_remote_code)
-    state = parallel.initialize(model.tensor_model_parallel_size)
+    if parallel.is_initialized():
+        state = parallel.current_state(platform.activate("auto"))
+    else:
+        state = parallel.initialize(model.tensor_model_parallel_size)
     return start_engine(opened, settings, state)

@@ -87,7 +87,7 @@ OPTIONAL = {
         Package("types-PyYAML", "", "", "type checks"),
         Package("matplotlib", "", "", "curves of benchmark runs"),
         Package("psutil", "", "", "tests that end processes of a job"),
-        Package("httpx", "", "", "tests of kvshare serve"),
+        Package("httpx2", "", "", "tests of kvshare serve"),
     ),
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from starlette.testclient import TestClient
 
@@ -83,8 +83,8 @@ class Live:
         except Exception as error:
             self.error = error
 
-    def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60)
+    def post(self, path: str = "/v1/completions", **body: Any) -> httpx2.Response:
+        return httpx2.post(self.url + path, json=body, timeout=60)
 
     def stop(self) -> None:
         if self._thread.is_alive():

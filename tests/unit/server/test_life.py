@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from megatron_kvshare.errors import ConfigError, EngineError
@@ -82,7 +82,7 @@ def test_a_client_that_leaves_is_cancelled(live, stream):
         until(lambda: server.server.service.metrics.stats.generated_tokens > 2)
     until(lambda: cancelled(server))
     assert server.server.service.metrics.stats.generated_tokens < 300
-    assert 'reason="cancelled"} 1.0' in httpx.get(server.url + "/metrics").text
+    assert 'reason="cancelled"} 1.0' in httpx2.get(server.url + "/metrics").text
     assert server.post(**SHORT).status_code == 200
 
 
@@ -153,7 +153,7 @@ class TestLimits:
         assert server.post(**long).status_code == 413
         pieces = (piece for piece in [b'{"prompt": "', *[b"x" * 600] * 3, b'"}'])
         kind = {"Content-Type": "application/json"}
-        answer = httpx.post(server.url + "/v1/completions", content=pieces, headers=kind)
+        answer = httpx2.post(server.url + "/v1/completions", content=pieces, headers=kind)
         assert answer.status_code == 413 and "1000 bytes" in answer.json()["error"]["message"]
         assert server.post(**SHORT).status_code == 200
 
@@ -168,12 +168,12 @@ class TestLimits:
         server = live(api_key="sécret")
         ask = {"url": server.url + "/v1/completions", "json": SHORT}
         for wrong in ({}, {"Authorization": "Bearer secret"}, {"Authorization": "sécret".encode()}):
-            answer = httpx.post(**ask, headers=wrong)
+            answer = httpx2.post(**ask, headers=wrong)
             assert answer.status_code == 401 and "Bearer" in answer.json()["error"]["message"]
         right = {"Authorization": "Bearer sécret".encode()}
-        assert httpx.post(**ask, headers=right).status_code == 200
-        assert httpx.get(server.url + "/metrics").status_code == 401
-        assert httpx.get(server.url + "/health").status_code == 200
+        assert httpx2.post(**ask, headers=right).status_code == 200
+        assert httpx2.get(server.url + "/metrics").status_code == 401
+        assert httpx2.get(server.url + "/health").status_code == 200
 
 
 class TestEnds:
@@ -187,12 +187,12 @@ class TestEnds:
         until(lambda: server.desk.draining)
         refused = server.post(**SHORT)
         assert refused.status_code == 503 and refused.headers["retry-after"]
-        assert httpx.get(server.url + "/health").status_code == 503
+        assert httpx2.get(server.url + "/health").status_code == 503
         assert answer().text.endswith("data: [DONE]\n\n")
         assert whole().json()["usage"]["completion_tokens"] == 300
         server.join()
         assert server.error is None
-        with pytest.raises(httpx.ConnectError):
+        with pytest.raises(httpx2.ConnectError):
             server.post(**SHORT)
 
     def test_not_for_longer_than_there_is_time(self, live):
