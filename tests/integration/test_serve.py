@@ -9,10 +9,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from megatron_kvshare.sharing.patterns import build_map
 from tests.integration import side_packages
 from tests.integration.serving_process import Served
 from tests.integration.soak import Soak
-from tests.served import MAP, SMALL, write_served
+from tests.served import SMALL, write_served
 
 LONG = SMALL.but(extra={"seq_length": 512})
 
@@ -119,3 +120,54 @@ def test_openais_client(folder: Path, tmp_path: Path) -> None:
             ["AuthenticationError", "invalid_api_key"],
             ["BadRequestError", "prompt"],
         ]
+
+
+LM_EVAL = """
+import json, sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+url, folder = sys.argv[1:]
+texts = ["shared keys and values", "make a small", "naïve café, 日本語 🙂. values", "keys"]
+pairs = [(a, " " + b) for a in texts for b in texts]
+until = {"until": [";", " v"], "max_gen_toks": 24, "do_sample": False}
+
+def asked(kind, arguments):
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+def scores(model):
+    return {
+        "pairs": model.loglikelihood(asked("loglikelihood", pairs)),
+        "texts": model.loglikelihood_rolling(asked("loglikelihood_rolling", [(t,) for t in texts])),
+        "written": model.generate_until(asked("generate_until", [(t, until) for t in texts])),
+    }
+
+served = {"model": "plain", "tokenizer": folder, "max_length": 512, "batch_size": 3}
+served |= {"base_url": url + "/v1/completions", "tokenizer_backend": "huggingface"}
+print(json.dumps([
+    scores(LocalCompletionsAPI(**served)),
+    scores(LocalCompletionsAPI(**served, num_concurrent=4)),
+    scores(HFLM(pretrained=folder, device="cpu", batch_size=1, max_length=512)),
+]))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.download
+def test_lm_eval_scores_the_server_as_the_model_itself(tmp_path: Path) -> None:
+    """By its ``local-completions``: log-probabilities, greedy flags and greedy texts."""
+    packages = side_packages.install("lm-eval", "lm_eval==0.4.13", "accelerate", dependencies=True)
+    more = side_packages.install("lm-eval-api", "tenacity==9.2.1")
+    folder = write_served(tmp_path / "plain", build_map(4, "standard"), LONG)
+    (tmp_path / "client.py").write_text(LM_EVAL)
+    with Served(folder, "--page-size", "16") as served:
+        arguments = (tmp_path / "client.py", served.url, folder)
+        told = side_packages.run(packages, *arguments, beside=[more]).splitlines()[-1]
+    one_by_one, together, wanted = json.loads(told)
+    for found in (one_by_one, together):
+        assert found["written"] == wanted["written"]
+        assert [greedy for _, greedy in found["pairs"]] == [g for _, g in wanted["pairs"]]
+        sums = [x for x, _ in found["pairs"]] + found["texts"]
+        for got, right in zip(sums, [x for x, _ in wanted["pairs"]] + wanted["texts"], strict=True):
+            assert abs(got - right) <= 1e-3 * max(1, abs(right))
