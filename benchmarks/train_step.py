@@ -120,7 +120,7 @@ def our_step(plan: ExecutionPlan, state: parallel.ParallelState) -> Step:
     def step() -> None:
         zero_gradients([model], optimizer)
         run_schedule([chunk], itertools.repeat(batch), Pass(plan), num_microbatches=1)
-        update_parameters([model], optimizer, TRAIN.clip_grad, gradient_norm(optimizer))
+        update_parameters([model], optimizer, TRAIN.clip_grad, gradient_norm([model], optimizer))
 
     return step
 

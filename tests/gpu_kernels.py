@@ -195,3 +195,41 @@ class FrontEnd:
         return _cpu_attention(
             *every, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa
         )
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor,
+    block_table: Tensor,
+) -> Tensor:
+    """`torch.nn.attention.varlen.varlen_attn` over pages, by its documentation: the last query of a
+    sequence is aligned with its last key; the window counts keys to the left and right of that."""
+    assert cu_seq_k is None and max_q == 1 and block_table.dtype == seqused_k.dtype == torch.int32
+    assert cu_seq_q.tolist() == list(range(len(query) + 1))
+    assert enable_gqa == (query.shape[1] != key.shape[2])
+    left, right = window_size
+    assert (left, right) == (-1, -1) or (left >= 0 and right == 0)
+    size = key.shape[1]
+    outputs = []
+    for row, used, pages in zip(query, seqused_k.tolist(), block_table.tolist(), strict=True):
+        assert used <= max_k and -(-used // size) <= len(pages)
+        if not used:
+            outputs.append(torch.full_like(row, torch.nan))  # nothing to see: undefined
+            continue
+        first = 0 if left < 0 else max(0, used - 1 - left)
+        seen = torch.arange(first, used)
+        where = torch.tensor(pages)[seen // size], seen % size
+        keys, values = (x[where].transpose(0, 1)[None] for x in (key, value))
+        keys, values = grouped(row[None, :, None], keys, values)
+        scores = (row[None, :, None].float() @ keys.float().transpose(2, 3)) * row.shape[-1] ** -0.5
+        outputs.append((scores.softmax(-1) @ values.float())[0, :, 0].to(row.dtype))
+    return torch.stack(outputs)

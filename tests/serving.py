@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_kvshare.megatron_api.linear import read_for_few_rows
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.serving.engine import Engine
 from megatron_kvshare.serving.load import new_cache
@@ -47,6 +48,7 @@ def tiny_engine(
     chosen = EngineSettings(**{"page_size": 4, "max_length": 64, **settings})  # type: ignore[arg-type]
     model = tiny.model(sharing, state).eval()
     load_by_name(model, weights)
+    read_for_few_rows(model.parameters())
     runner = Recorder(Worker(model, new_cache(model, chosen, state)), state)
     return Engine(model.spec, runner, chosen)
 

@@ -27,8 +27,9 @@ class Engine(Protocol):
 
     def forward_backward(self, batches: Iterator[Batch], how: Pass) -> Sums:
         """One global batch, from cleared gradients; sums ``[microbatches]`` over all ranks that
-        see other tokens or other stages. Afterwards the gradient is that of the mean loss per
-        token of the global batch."""
+        see other tokens or other stages. Afterwards the engine's gradient, what
+        :meth:`gradient_norm` and :meth:`update` are about, is that of the mean loss per token of
+        the global batch."""
         ...
 
     def evaluate(self, batches: Iterator[Batch], how: Pass, global_batches: int) -> Sums:

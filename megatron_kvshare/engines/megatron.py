@@ -75,7 +75,7 @@ class MegatronEngine:
         return set_learning_rate(self.scheduler, step)
 
     def gradient_norm(self) -> float:
-        return gradient_norm(self.optimizer)
+        return gradient_norm(self.models, self.optimizer)
 
     def update(self, grad_norm: float) -> None:
         update_parameters(self.models, self.optimizer, self._clip_grad, grad_norm)

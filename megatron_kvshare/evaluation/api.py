@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import atexit
-import warnings
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from megatron_kvshare.checkpoint.reader import open_checkpoint, whole_model
-from megatron_kvshare.checkpoint.tensors import TensorSource
-from megatron_kvshare.conversion.folder import CONFIG
-from megatron_kvshare.conversion.importing import open_folder
+from megatron_kvshare.checkpoint.reader import whole_model
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.megatron_api import parallel
+from megatron_kvshare.megatron_api.linear import read_for_few_rows
 from megatron_kvshare.model.gpt import KVShareGPT
+from megatron_kvshare.serving.engine import Engine
+from megatron_kvshare.serving.generate import Generated, generate
+from megatron_kvshare.serving.load import Opened, new_cache, open_model
+from megatron_kvshare.serving.request import Sampling
+from megatron_kvshare.serving.runner import WorkerRunner
+from megatron_kvshare.serving.settings import EngineSettings, PrefillMode
+from megatron_kvshare.serving.worker import Worker
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import EXACT_RESIDUAL_FP32, exact_plan, solver_plan
-from megatron_kvshare.spec.model_spec import ModelSpec
 
 Mode = Literal["sweeps", "exact"]
 
 
 class LoadedModel:
-    """A whole model in fp32 on one device, ready to score tokens."""
+    """A whole model in fp32 on one device, ready to score tokens and to write."""
 
-    def __init__(self, model: KVShareGPT, spec: ModelSpec) -> None:
+    def __init__(self, model: KVShareGPT, opened: Opened, state: parallel.ParallelState) -> None:
         self.model = model
-        self.spec = spec
+        self.spec = opened.spec
+        self._opened = opened
+        self._state = state
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +74,42 @@ class LoadedModel:
         value = self.model(token_ids.to(self.device).long(), plan=plan).value
         return value[..., : about.vocab_size]
 
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        kv_prefill: PrefillMode = "trained",
+        max_batch_size: int = 16,
+        **sampling: Any,
+    ) -> list[Generated]:
+        """What follows each prompt: texts, or token ids.
+
+        ``sampling``: fields of :class:`megatron_kvshare.serving.request.Sampling`, for example
+        ``max_tokens=64, temperature=0``; ``kv_prefill``: see
+        :class:`megatron_kvshare.serving.settings.EngineSettings`.
+
+        Raises:
+            ConfigError: a setting, or a prompt, that cannot be; with everything that is wrong.
+            DataError: a text is given, and the tokenizer cannot be loaded.
+        """
+        if isinstance(prompts, str):
+            rule, fix = "prompts are a list", "use [prompt] for a single one"
+            raise ConfigError(Fault("prompts", prompts, rule, fix))
+        fields = {each.name for each in dataclasses.fields(Sampling)}
+        unknown = sorted(sampling.keys() - fields)
+        if unknown:
+            fix = f"use some of {', '.join(sorted(fields))}"
+            raise ConfigError([Fault(name, sampling[name], "unknown", fix) for name in unknown])
+        asked = Sampling(**sampling)
+        settings = EngineSettings(
+            kv_prefill=kv_prefill, max_batch_size=max(1, min(len(prompts), max_batch_size))
+        )
+        runner = WorkerRunner(
+            Worker(self.model, new_cache(self.model, settings, self._state)), self._state
+        )
+        engine = Engine(self.spec, runner, settings, *self._opened.text())
+        return generate(engine, prompts, asked)
+
 
 def load_model(path: str | Path, device: Literal["auto", "cpu"] = "auto") -> LoadedModel:
     """Load a native checkpoint (the ``--save`` folder of a run or one of its ``iter_*`` folders, of
@@ -78,20 +121,11 @@ def load_model(path: str | Path, device: Literal["auto", "cpu"] = "auto") -> Loa
     Raises:
         CheckpointError: nothing there that can be loaded, or it is damaged.
     """
-    folder = Path(path)
-    spec: ModelSpec
-    source: TensorSource
-    if (folder / CONFIG).is_file():
-        found = open_folder(folder)
-        for doubt in found.doubts:
-            warnings.warn(doubt, stacklevel=2)
-        spec, source = found.spec, found.weights
-    else:
-        stored = open_checkpoint(folder)
-        for doubt in stored.doubts:
-            warnings.warn(doubt, stacklevel=2)
-        spec, source = stored.spec, stored.weights
-    return LoadedModel(whole_model(spec, source, _alone(device)), spec)
+    opened = open_model(path)
+    state = _alone(device)
+    model = whole_model(opened.spec, opened.weights, state)
+    read_for_few_rows(model.parameters())
+    return LoadedModel(model, opened, state)
 
 
 def _alone(device: str) -> parallel.ParallelState:

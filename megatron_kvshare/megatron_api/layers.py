@@ -31,6 +31,7 @@ from megatron_kvshare.megatron_api.linear import (
     ALL_ROWS,
     add_product_,
     gradient_target,
+    is_for_few_rows,
     local_linear,
 )
 
@@ -69,6 +70,8 @@ def _parallel_linear(
     sequence_parallel: bool = False,
 ) -> torch.Tensor:
     """megatron-core's product, which overlaps messages of backward with it."""
+    if is_for_few_rows(weight) and not sequence_parallel:
+        return local_linear(x, weight, rows)
     part, buffer = gradient_target(weight, rows)
     if buffer is not None:
         part = part.view_as(part)  # a tensor that is no parameter: autograd gets no gradient

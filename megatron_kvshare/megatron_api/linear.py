@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_kvshare.kernels.thin_product import thin_linear
+
 ALL_ROWS = slice(None)
 
 
@@ -76,8 +78,20 @@ class _Announced(torch.autograd.Function):
         weight.grad = weight.new_zeros(()).expand(weight.shape)  # what DDP looks for; never read
 
 
+def read_for_few_rows(weights: Iterable[torch.nn.Parameter]) -> None:
+    """Let products with few rows take the kernel for them: for models that only generate."""
+    for weight in weights:
+        weight.for_few_rows = True  # type: ignore[attr-defined]
+
+
+def is_for_few_rows(weight: torch.Tensor) -> bool:
+    return getattr(weight, "for_few_rows", False) and not torch.is_grad_enabled()
+
+
 def local_linear(x: torch.Tensor, weight: torch.Tensor, rows: slice = ALL_ROWS) -> torch.Tensor:
     """``x [.., in] -> [.., rows]`` with some ``rows`` of ``weight [out, in]``."""
+    if is_for_few_rows(weight):
+        return thin_linear(x, weight[rows])
     part, buffer = gradient_target(weight, rows)
     if buffer is not None:
         return _LinearIntoBuffer.apply(x, part, buffer)

@@ -27,10 +27,37 @@ from megatron_kvshare.config import ParallelConfig, TrainConfig
 from megatron_kvshare.megatron_api.linear import accumulate_in_place
 from megatron_kvshare.megatron_api.platform import cpu_mode
 
-__all__ = ["DistributedDataParallel", "MegatronOptimizer", "OptimizerParamScheduler"]
+__all__ = ["MegatronOptimizer", "OptimizerParamScheduler"]
 
 
-Models = Sequence[DistributedDataParallel]
+class DataParallel(DistributedDataParallel):
+    """Megatron-core's wrapper. Where the optimizer's step ``scales`` gradients as it reads them,
+    the division by the tokens of the global batch, which is a pass over the whole buffer, is put
+    off until that step: ``put_off`` is what gradients in the buffer have to be multiplied by.
+    """
+
+    scales = False
+    put_off: torch.Tensor | None = None
+
+    def scale_gradients(self, scaling_factor: Any) -> None:
+        """Called by megatron-core once per global batch."""
+        if self.scales:
+            self.put_off = scaling_factor
+        else:
+            super().scale_gradients(scaling_factor)
+
+    def zero_grad_buffer(self) -> None:
+        super().zero_grad_buffer()
+        self.put_off = None
+
+    def finish_gradients(self) -> None:
+        """Do at once what was put off, for who reads the buffer."""
+        if self.put_off is not None:
+            super().scale_gradients(self.put_off)
+            self.put_off = None
+
+
+Models = Sequence[DataParallel]
 """The pipeline stages of this rank, wrapped for data parallelism."""
 
 _UNDECAYED = ParamKey(predicate=ParamPredicate("undecayed", lambda weight: not weight.decays))
@@ -44,7 +71,7 @@ def wrap_stages(models: Sequence[torch.nn.Module], parallel: ParallelConfig) -> 
     return wrapped
 
 
-def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> DistributedDataParallel:
+def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> DataParallel:
     """Wrap ``model``: gradients gather in an fp32 buffer and are summed over data parallel."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -55,7 +82,7 @@ def wrap_data_parallel(model: torch.nn.Module, parallel: ParallelConfig) -> Dist
     )
     model.model_type = ModelType.encoder_or_decoder  # read by the schedules
     with cpu_mode():
-        wrapped = DistributedDataParallel(config=model.config, ddp_config=settings, module=model)
+        wrapped = DataParallel(config=model.config, ddp_config=settings, module=model)
     if parallel.overlap_grad_reduce:
         model.config.no_sync_func = wrapped.no_sync
     embedding = model.embedding and model.embedding.weight
@@ -93,6 +120,8 @@ def build_optimizer(
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
         _create_state(inner)
+    for model in models:
+        model.scales = scale_in_step(_inner_optimizers(optimizer))
     return optimizer
 
 
@@ -113,11 +142,17 @@ def _inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
 
 
 @torch.no_grad()
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
+def gradient_norm(models: Models, optimizer: MegatronOptimizer) -> float:
     """Hand the gradients to the optimizer; returns their L2 norm over all parameters and ranks."""
     with cpu_mode():
         optimizer.prepare_grads()
-        return float(optimizer.get_grad_norm())
+        return float(optimizer.get_grad_norm()) * _put_off(models)
+
+
+def _put_off(models: Models) -> float:
+    """What gradients have yet to be multiplied by: the same on all stages."""
+    factor = models[0].put_off
+    return 1.0 if factor is None else float(factor)
 
 
 @torch.no_grad()
@@ -129,10 +164,10 @@ def update_parameters(
 ) -> None:
     """After :func:`gradient_norm`: clip to ``clip_grad`` (0: do not) and take the AdamW step.
 
-    On a GPU the fused AdamW scales each gradient as it reads it. Elsewhere the buffer is scaled in
-    one go, where megatron-core without fused kernels copies every gradient.
+    On a GPU the fused AdamW scales each gradient as it reads it, by what was put off too. Elsewhere
+    the buffer is scaled in one go, where megatron-core without fused kernels copies every gradient.
     """
-    factor = clipping_factor(clip_grad, grad_norm)
+    factor = clipping_factor(clip_grad, grad_norm) * _put_off(models)
     inner = _inner_optimizers(optimizer)
     with cpu_mode():
         if factor != 1.0 and scale_in_step(inner):

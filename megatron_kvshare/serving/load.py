@@ -19,6 +19,7 @@ from megatron_kvshare.conversion.importing import open_folder
 from megatron_kvshare.data.tokenizers import Tokenizer, kind_of, load_tokenizer
 from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.kernels.choice import on_gpu
+from megatron_kvshare.megatron_api.linear import read_for_few_rows
 from megatron_kvshare.megatron_api.parallel import ParallelState
 from megatron_kvshare.model.gpt import KVShareGPT, build_stages
 from megatron_kvshare.model.parameters import fill
@@ -36,11 +37,41 @@ _OF_FREE_MEMORY = 0.85
 """Of what a GPU has left beside the weights; the rest is for a step's own tensors."""
 
 
+class TokenizerPlace(NamedTuple):
+    """Where a tokenizer is; ``kind`` by Megatron's name, ``path`` None for one without a file."""
+
+    kind: str
+    path: str | None
+    vocab_size: int
+    trust_remote_code: bool = False
+
+    def load(self) -> Tokenizer:
+        """Raises :class:`DataError`: it is missing or broken."""
+        code = self.trust_remote_code
+        return load_tokenizer(self.kind, self.path, self.vocab_size, trust_remote_code=code)
+
+
 class Opened(NamedTuple):
-    """A model that has not been built. ``eos``: the tokens that end a text."""
+    """A model that has not been built. ``named_eos``: tokens that end a text, as far as the
+    folder's files say."""
 
     spec: ModelSpec
     weights: TensorSource
+    tokenizer: TokenizerPlace | None
+    named_eos: tuple[int, ...] = ()
+
+    def text(self) -> Text:
+        """Load what turns tokens into text."""
+        tokenizer = None if self.tokenizer is None else self.tokenizer.load()
+        eos = self.named_eos
+        if not eos and tokenizer is not None and tokenizer.eod is not None:
+            eos = (tokenizer.eod,)
+        return Text(tokenizer, eos)
+
+
+class Text(NamedTuple):
+    """``eos``: the tokens that end a text."""
+
     tokenizer: Tokenizer | None
     eos: tuple[int, ...]
 
@@ -49,35 +80,35 @@ def open_model(
     path: str | Path, tokenizer_model: str | None = None, trust_remote_code: bool = False
 ) -> Opened:
     """Open a checkpoint (the ``--save`` folder of a run or one of its ``iter_*`` folders) or a
-    Hugging Face folder; no code in it is run.
+    Hugging Face folder; no code in it is run. What is doubtful about it is a warning.
 
     Raises:
         CheckpointError: nothing there that can be loaded, or it is damaged.
-        DataError: the tokenizer cannot be loaded.
     """
     folder = Path(path)
+    kind, model = "HuggingFaceTokenizer", None
+    eos: tuple[int, ...] = ()
+    spec: ModelSpec
+    weights: TensorSource
     if (folder / CONFIG).is_file():
         found = open_folder(folder)
         spec, weights, doubts = found.spec, found.weights, found.doubts
-        has_tokenizer = (folder / "tokenizer.json").is_file()
-        kind, model = "HuggingFaceTokenizer", str(folder) if has_tokenizer else None
-        named = _eos_of(folder)
+        if (folder / "tokenizer.json").is_file():
+            model = str(folder)
+        eos = _eos_of(folder)
     else:
         stored = open_checkpoint(folder)
         spec, weights, doubts = stored.spec, stored.weights, stored.doubts
-        kind = stored.manifest.config["tokenizer_type"]
-        model, named = stored.manifest.config["tokenizer_model"], ()
+        settings = stored.manifest.config
+        kind, model = settings["tokenizer_type"], settings["tokenizer_model"]
     for doubt in doubts:
         warnings.warn(doubt, stacklevel=2)
     if tokenizer_model is not None:
         kind, model = kind_of(tokenizer_model), tokenizer_model
-    tokenizer = None
-    if model is not None:
-        tokenizer = load_tokenizer(kind, model, trust_remote_code=trust_remote_code)
-    eos = named
-    if not eos and tokenizer is not None and tokenizer.eod is not None:
-        eos = (tokenizer.eod,)
-    return Opened(spec, weights, tokenizer, eos)
+    if model is None and kind != "NullTokenizer":
+        return Opened(spec, weights, None, eos)
+    place = TokenizerPlace(kind, model, spec.vocab_size, trust_remote_code)
+    return Opened(spec, weights, place, eos)
 
 
 def start_engine(opened: Opened, settings: EngineSettings, state: ParallelState) -> Engine | None:
@@ -87,12 +118,17 @@ def start_engine(opened: Opened, settings: EngineSettings, state: ParallelState)
     Raises:
         ConfigError: the settings do not fit the model, or the cache does not hold anything.
     """
+    text = opened.text()
     model = serving_model(opened.spec, opened.weights, settings.bf16, state)
-    runner = WorkerRunner(Worker(model, new_cache(model, settings, state)), state)
+    worker = Worker(model, new_cache(model, settings, state))
+    if settings.cuda_graphs and worker.follows_table and state.tp_size == 1:
+        length = settings.max_length or opened.spec.model.max_positions
+        worker.record_graphs(settings.max_batch_size, length)
+    runner = WorkerRunner(worker, state)
     if not state.is_first:
         runner.follow()
         return None
-    return Engine(opened.spec, runner, settings, opened.tokenizer, opened.eos)
+    return Engine(opened.spec, runner, settings, *text)
 
 
 def serving_model(
@@ -110,6 +146,7 @@ def serving_model(
     (model,) = build_stages(spec, layout, plan, stages, state)
     with torch.no_grad():
         fill(model, weights.read)
+    read_for_few_rows(model.parameters())
     return model.eval()
 
 

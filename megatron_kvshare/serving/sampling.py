@@ -98,7 +98,7 @@ def _cut(scores: torch.Tensor, rows: Sequence[Draw]) -> torch.Tensor:
     top_k = torch.tensor([each.top_k or vocab for each in settings], device=device)[:, None]
     top_p = torch.tensor([each.top_p for each in settings], device=device)[:, None]
     min_p = torch.tensor([each.min_p for each in settings], device=device)[:, None]
-    ordered, index = scores[cutting].sort(-1, descending=True, stable=True)
+    ordered, index = scores[cutting].sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocab, device=device)
     kept = rank < top_k
     probabilities = ordered.masked_fill(~kept, float("-inf")).softmax(-1)

@@ -17,6 +17,7 @@ from megatron_kvshare.model.kv import KV
 from megatron_kvshare.model.paged_view import PagedView, Place
 from megatron_kvshare.model.visibility import SequenceLayout
 from megatron_kvshare.serving.cache import PagedCache
+from megatron_kvshare.serving.graphs import DecodeGraphs, DecodeInputs, Record
 from megatron_kvshare.serving.pages import DROPPED
 from megatron_kvshare.serving.prefill_plan import prefill_plan
 from megatron_kvshare.serving.request import TokenLogprob
@@ -42,7 +43,10 @@ class StepResult(NamedTuple):
 
 
 class Worker:
-    """One tensor-parallel rank. All ranks run the same steps."""
+    """One tensor-parallel rank. All ranks run the same steps. ``graphs``: what decodes in place of
+    one kernel after another, or None."""
+
+    graphs: DecodeGraphs | None = None
 
     def __init__(self, model: KVShareGPT, cache: PagedCache) -> None:
         self.model = model
@@ -53,6 +57,12 @@ class Worker:
         self.follows_table = has_paged_kernel(self.device, self.dtype, self.spec.model.head_dim)
         self._aside: dict[int, list[torch.Tensor]] = {}
         self._tables: tuple[PageTable, ...] = ()
+
+    def record_graphs(self, most: int, length: int, record: Record | None = None) -> None:
+        """Decode batches of up to ``most`` sequences of ``length`` by graphs from now on."""
+        size = self.cache.layout.page_size
+        widths = tuple(-(-length // size) for _ in self.cache.layout.groups)
+        self.graphs = DecodeGraphs(self._decode, most, widths, record)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
@@ -91,9 +101,8 @@ class Worker:
             return None
         hidden = hidden[-1:]
         if plan.tail < self.spec.map.num_layers:
-            positions = torch.full((len(chunks),), first.start + tokens - 1, device=self.device)
             tables = tuple(self._page_table(group) for group in _by_group(chunks))
-            view = self._view(positions, chunks, tables)
+            view = self._view(self._inputs(ids[:, -1:], chunks, tables))
             hidden = self._run_layers(hidden, view, plan.tail, plan.tail_kv_given)
         return self._logits(hidden)[:, 0]
 
@@ -118,11 +127,13 @@ class Worker:
         """Logits ``[b, vocab]`` after one more token of each sequence."""
         if not (same_tables and self._tables):
             self._tables = tuple(self._page_table(group) for group in _by_group(tokens))
-        positions = torch.tensor([token.position for token in tokens], device=self.device)
         ids = torch.tensor([[token.token] for token in tokens], device=self.device)
-        view = self._view(positions, tokens, self._tables)
-        hidden = self._embed(ids)
-        return self._logits(self._run_layers(hidden, view, 0, False))[:, 0]
+        inputs = self._inputs(ids, tokens, self._tables)
+        return self._decode(inputs) if self.graphs is None else self.graphs(inputs)
+
+    def _decode(self, inputs: DecodeInputs) -> torch.Tensor:
+        hidden = self._run_layers(self._embed(inputs.ids), self._view(inputs), 0, False)
+        return self._logits(hidden)[:, 0]
 
     @property
     def _bf16(self) -> bool:
@@ -178,21 +189,31 @@ class Worker:
             logits = gather_last_dim(logits)
         return logits[..., : self.spec.vocab_size]
 
-    def _view(
+    def _inputs(
         self,
-        positions: torch.Tensor,
+        ids: torch.Tensor,
         tokens: Sequence[NewToken | Chunk],
-        tables: Sequence[PageTable],
-    ) -> PagedView:
+        tables: tuple[PageTable, ...],
+    ) -> DecodeInputs:
+        """For the last token of each sequence."""
         size = self.cache.layout.page_size
         last = [_last_position(token) for token in tokens]
-        slot = torch.tensor([position % size for position in last], device=self.device)
-        places = []
-        for table, group in zip(tables, _by_group(tokens), strict=True):
-            pages = [pages[position // size] for pages, position in zip(group, last, strict=True)]
-            places.append(Place(torch.tensor(pages, device=self.device), slot, table))
+        written = [
+            [table[position // size] for table, position in zip(group, last, strict=True)]
+            for group in _by_group(tokens)
+        ]
+        positions = torch.tensor(last, device=self.device)
+        pages = tuple(torch.tensor(group, device=self.device) for group in written)
+        return DecodeInputs(ids, positions, positions % size, pages, tables)
+
+    def _view(self, inputs: DecodeInputs) -> PagedView:
+        places = [
+            Place(page, inputs.slots, table)
+            for page, table in zip(inputs.pages, inputs.tables, strict=True)
+        ]
         of_producer = {p: places[number] for p, number in self.cache.group_of.items()}
-        return PagedView.of(self.spec, self.cache.pools, of_producer, positions, self.dtype)
+        pools = self.cache.pools
+        return PagedView.of(self.spec, pools, of_producer, inputs.positions, self.dtype)
 
     def _page_table(self, tables: Sequence[tuple[int, ...]]) -> PageTable:
         """Of one group of the cache, the pages of a batch."""

@@ -134,6 +134,8 @@ def train_in_chunks(state: ParallelState, layout: Layout, case: Case, logits: in
 
 def finished_gradients(run: Run) -> dict[str, Tensor]:
     """Gradients of the global batch; the distributed optimizer leaves each rank a part of them."""
+    for model in run.engine.models:
+        model.finish_gradients()
     if run.config.parallel.use_distributed_optimizer:
         buckets = [
             bucket

@@ -52,7 +52,7 @@ class Stepping(NamedTuple):
         tokens = torch.randint(0, 40, (2, 16))
         (model(tokens, tokens).loss / tokens.numel()).backward()
         model.finish_grad_sync()
-        norm = gradient_norm(optimizer)
+        norm = gradient_norm([model], optimizer)
         assert norm > 0
         return cls(net, model, optimizer, norm)
 
@@ -94,3 +94,44 @@ def test_clipping_in_the_step_is_clipping_before_it(
     expected = weights(in_step=False)
     assert all(moved.abs().max() > 0 for moved in expected.values() if moved.dim() == 2)
     assert_close_by_name(weights(in_step=True), expected, 2e-3 if bf16 else 1e-5)
+
+
+@TYPES
+@SHARDED
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_dividing_in_the_step_is_dividing_before_it(
+    single: ParallelState, bf16: bool, sharded: bool, share: float, monkeypatch
+) -> None:
+    """The division by the tokens of the batch too, clipped (share of the norm) or not (0)."""
+    tokens = torch.tensor(7)
+
+    def stepped(in_step: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        monkeypatch.setattr(optimizers, "scale_in_step", lambda inner: in_step)
+        torch.manual_seed(0)
+        net, model, optimizer, whole = Stepping.made(single, bf16, sharded)
+        before = gather_by_name([net], single, "weight")
+        buffer = net.decoder.layers[0].mlp.linear_fc1.weight.main_grad
+        unscaled = buffer.clone()
+        model.scale_gradients(1.0 / tokens)
+        assert torch.equal(buffer, unscaled) == in_step, "the pass over the buffer"
+        norm = gradient_norm([model], optimizer)
+        assert norm == pytest.approx(whole / 7, rel=1e-5)
+        update_parameters([model], optimizer, share * norm, norm)
+        after = gather_by_name([net], single, "weight")
+        return norm, {name: (after[name] - before[name]).float() for name in after}
+
+    (norm, expected), (again, moved) = stepped(in_step=False), stepped(in_step=True)
+    assert again == pytest.approx(norm, rel=1e-6)
+    assert all(each.abs().max() > 0 for each in expected.values() if each.dim() == 2)
+    assert_close_by_name(moved, expected, 2e-3 if bf16 else 1e-5)
+
+
+def test_what_is_put_off_can_be_done_at_once(single: ParallelState, monkeypatch) -> None:
+    monkeypatch.setattr(optimizers, "scale_in_step", lambda inner: True)
+    _, model, optimizer, whole = Stepping.made(single, bf16=False, sharded=False)
+    model.scale_gradients(torch.tensor(0.5))
+    model.finish_gradients()
+    assert gradient_norm([model], optimizer) == pytest.approx(whole / 2, rel=1e-5)
+    model.scale_gradients(torch.tensor(0.5))
+    model.zero_grad_buffer()
+    assert model.put_off is None and gradient_norm([model], optimizer) == 0
