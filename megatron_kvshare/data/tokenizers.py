@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -220,15 +220,22 @@ class HuggingFaceTokenizer:
         return _from_transformers(folder, self._path, self._trusted)
 
     @cached_property  # importing transformers takes seconds, and workers do without
-    def named(self) -> dict[str, str]:
-        """``bos_token`` and ``eos_token`` as transformers finds them for this folder: in several
-        files, whose rank has changed, or as usual for the class that they name. A file of another
-        name than ``tokenizer.json`` has no settings."""
+    def _settings(self) -> Any | None:
+        """The tokenizer that transformers makes of this folder's files, which say more than
+        ``tokenizer.json``. A file of another name than that has no settings."""
         folder = self._path if self._path.is_dir() else self._path.parent
         has_settings = folder == self._path or self._path.name == "tokenizer.json"
         if not has_settings or not any((folder / name).is_file() for name in _NAMING):
+            return None
+        return self._by_transformers(folder)
+
+    @cached_property
+    def named(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token`` as transformers finds them for this folder: in several
+        files, whose rank has changed, or as usual for the class that they name."""
+        found = self._settings
+        if found is None:
             return {}
-        found = self._by_transformers(folder)
         tokens = {"bos_token": found.bos_token, "eos_token": found.eos_token}
         return {name: str(token) for name, token in tokens.items() if token is not None}
 
@@ -253,6 +260,31 @@ class HuggingFaceTokenizer:
             fix = 'name one that is, in its tokenizer_config.json: "eos_token": "..."'
             raise _fault("--tokenizer-model", str(self._path), rule, fix)
         return int(token)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder says how a chat becomes a text."""
+        return self._settings is not None and self._settings.chat_template is not None
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a chat by the folder's template, up to where the next answer begins.
+
+        Raises:
+            DataError: the template refuses the messages, or is broken.
+        """
+        assert self.has_chat_template, "only a tokenizer with a template can do this"
+        try:
+            return str(
+                self._settings.apply_chat_template(  # type: ignore[union-attr]
+                    [dict(message) for message in messages],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+            )
+        except Exception as error:  # a template raises what it likes
+            rule = f"the tokenizer's chat template refuses them ({error})"
+            fix = "send roles in the order that it knows"
+            raise _fault("messages", [m["role"] for m in messages], rule, fix) from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

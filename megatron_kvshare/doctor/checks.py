@@ -69,6 +69,11 @@ OPTIONAL = {
         Package("lm_eval", "0.4.13", "", "kvshare evaluate --tasks"),
         Package("accelerate", "", "", "lm-eval's way to load models"),
     ),
+    "serve": (
+        Package("fastapi", "0.165", "", "kvshare serve: requests and their checks"),
+        Package("uvicorn", "0.54", "", "kvshare serve: connections"),
+        Package("prometheus_client", "0.26", "", "kvshare serve: /metrics"),
+    ),
     "tracking": (
         Package("wandb", "0.22.3", "", "--wandb-project (works offline)"),
         Package("tensorboard", "", "", "--tensorboard-dir"),
@@ -82,6 +87,7 @@ OPTIONAL = {
         Package("types-PyYAML", "", "", "type checks"),
         Package("matplotlib", "", "", "curves of benchmark runs"),
         Package("psutil", "", "", "tests that end processes of a job"),
+        Package("httpx2", "", "", "tests of kvshare serve"),
     ),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.integration.conftest import ROOT
@@ -23,11 +24,14 @@ def install(name: str, *requirements: str, dependencies: bool = False) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: str | Path, seconds: float = 600) -> str:
-    """Run Python with the packages in ``folder`` first; returns what it printed."""
+def run(
+    folder: Path, *arguments: str | Path, seconds: float = 600, beside: Sequence[Path] = ()
+) -> str:
+    """Run Python with the packages in ``folder`` first, then those ``beside`` it; returns what it
+    printed."""
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{folder}:{ROOT}",
+        "PYTHONPATH": ":".join(map(str, (folder, *beside, ROOT))),
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(folder / "modules"),
         "OMP_NUM_THREADS": "1",
