@@ -64,6 +64,9 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_kvshare.KVShareConfig",
     "AutoModel": "modeling_kvshare.KVShareModel",
     "AutoModelForCausalLM": "modeling_kvshare.KVShareForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_kvshare.KVShareForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_kvshare.KVShareForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_kvshare.KVShareForQuestionAnswering",
 }
 
 
