@@ -183,7 +183,8 @@ _REFUSED: dict[str, Refused] = {
     "apply_layernorm_1p": Refused("RMSNorm has a plain weight", _LLAMA),
     "rotary_interleaved": Refused("rotary halves are not interleaved", _LLAMA),
     "rotary_seq_len_interpolation_factor": Refused(
-        "positions are not interpolated linearly", "use --use-rope-scaling (Llama 3)"
+        "the rotary embedding is stretched by one pair of flags",
+        "use --rope-scaling-type linear --rope-scaling-factor N",
     ),
     "multi_latent_attention": Refused("attention is grouped-query attention", _LLAMA),
     "init_method_xavier_uniform": Refused("initial weights are normal", "use --init-method-std"),
