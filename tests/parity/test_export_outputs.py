@@ -241,6 +241,17 @@ def test_a_server_computes_attention(monkeypatch):
     for name in ("attention_mask", "cu_seq_lens_q"):
         with pytest.raises(ValueError, match=f"attention_instances go without {name}"):
             model(row, **given, **{name: torch.ones_like(row)})
+    with pytest.raises(ValueError, match="attention_instances go without output_attentions"):
+        model(row, **given, output_attentions=True)
+
+
+@torch.no_grad()
+def test_attention_of_transformers_does_not_read_what_a_server_gives():
+    model = made(ACYCLIC)
+    wanted = model(TOKENS, use_cache=False).logits
+    assert torch.equal(model(TOKENS, attention_instances={0: None}, use_cache=False).logits, wanted)
+    with pytest.raises(ValueError, match="forward_batch"):
+        model(TOKENS, attention_instances={0: None}, forward_batch="of a server")
 
 
 @pytest.mark.parametrize("name", ["windows", "top"])

@@ -852,15 +852,13 @@ class KVShareModel(KVSharePreTrainedModel):
         **more: Any,
     ) -> BaseModelOutputWithPast:
         packing = {name: more.pop(name, None) for name in _PACKING}
-        served = more if more.get("attention_instances") is not None else {}
-        refuse({} if served else more)
         self.config.check()
         wanted = self.config.output_hidden_states
         wanted = wanted if output_hidden_states is None else output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         attention = "eager" if output_attentions else self.config._attn_implementation
-        self._check_attention(attention, served)
+        served = self._served(attention, more, bool(output_attentions))
         if cache is not None and past_key_values is not None:
             raise ValueError(
                 "give either cache or past_key_values, its name before transformers 5.24"
@@ -883,7 +881,8 @@ class KVShareModel(KVSharePreTrainedModel):
             position_ids = position_ids.expand(shape)
         documents = None
         if served:
-            use_cache = self._check_served(alone, packing)
+            self._check_alone(alone, packing)
+            use_cache = False
         else:
             ends = document_ends(shape, position_ids, real, packing, bool(alone or use_cache))
             documents = self._documents(ends, packing, alone)
@@ -930,27 +929,34 @@ class KVShareModel(KVSharePreTrainedModel):
                 raise ValueError(f"{name} is {int(packing[name])}, a document {documents.longest}")
         return documents
 
-    def _check_attention(self, name: str, served: Mapping[str, Any]) -> None:
-        masked = ("eager", "sdpa", "flex_attention")
-        if not served and name not in masked and ("flash" not in name or "|" in name):
+    def _served(self, attention: str, more: dict[str, Any], weights: bool) -> dict[str, Any]:
+        """What a server hands its own attention function through the model; nothing otherwise.
+
+        A server that computes attention (``attention_instances``, one of every layer) keeps keys
+        and values itself, and sees what is before a token in its own text.
+        """
+        own = attention in ("eager", "sdpa", "flex_attention")
+        own = own or ("flash" in attention and "|" not in attention)
+        given, config = more.get("attention_instances") is not None, self.config
+        refuse({} if given and not own else {**more, "attention_instances": None})
+        if not own and not given:
             raise ValueError(
-                f"attn_implementation {name!r}: take sdpa, eager, flex_attention or "
+                f"attn_implementation {attention!r}: take sdpa, eager, flex_attention or "
                 "flash_attention_*"
             )
-
-    def _check_served(self, alone: list[str], packing: dict[str, Any]) -> bool:
-        """A server that computes attention (``attention_instances``, one of every layer) keeps
-        keys and values itself, and sees what is before a token in its own text."""
-        config = self.config
-        if config.cyclic_groups or config.kv_windowed_layers:
+        if given and (config.cyclic_groups or config.kv_windowed_layers):
             rule = "windows" if config.kv_windowed_layers else "layers that read higher ones"
             raise ValueError(
                 f"attention_instances know nothing of {rule}: this map cannot be served by them"
             )
-        alone += [name for name, value in packing.items() if value is not None]
+        if given and weights:
+            raise ValueError("attention_instances go without output_attentions")
+        return more if given and not own else {}
+
+    def _check_alone(self, alone: list[str], packing: dict[str, Any]) -> None:
+        alone = [*alone, *(name for name, value in packing.items() if value is not None)]
         if alone:
             raise ValueError(f"attention_instances go without {' and '.join(alone)}")
-        return False
 
     def _check_cache(self, cache: Any) -> None:
         if cache is None:
