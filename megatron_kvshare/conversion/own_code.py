@@ -33,6 +33,7 @@ _SHIPPED = {
         "3dbb5d2e377b4b5e9ba80f1d7322412e6f9989f0161c31e76bfb95cf0dc0d197",
         "6f95b60d7d323705d0ce17879cfbaa279307671c0b1892ec0d9bc9da475ca065",
         "5da4a81f7c5982fa5feebf08c7fcccebca3d35db518b150363e855865c324b34",
+        "8c3e10227f3e8c50920e9bb5feb6adc442d322304bfe518ddf6b17179bf557e9",
     ),
 }
 """SHA-256 of every version that was ever exported, oldest first. The present files need no entry;

@@ -33,6 +33,13 @@ def several_maps() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("sharing", MAPS.values(), ids=MAPS)
 
 
+def by_day(*names: str) -> pytest.MarkDecorator:
+    """These maps by day, the others by night."""
+    marks = {name: () if name in names else pytest.mark.nightly for name in MAPS}
+    params = [pytest.param(MAPS[name], id=name, marks=marks[name]) for name in MAPS]
+    return pytest.mark.parametrize("sharing", params)
+
+
 def made(sharing: SharingMap, recipe: str = "paper", **settings) -> KVShareForCausalLM:
     return exported(sharing, TINY.weights(sharing), RECIPES[recipe], **settings)
 
@@ -166,7 +173,7 @@ def assert_flex_is_sdpa(sharing: SharingMap, recipe: str) -> None:
     assert torch.equal(*written)
 
 
-@several_maps()
+@by_day("two groups")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_is_the_same(sharing, uncompiled):
     assert_flex_is_sdpa(sharing, "two-sweep")
@@ -179,8 +186,8 @@ def test_compiled_flex_attention_is_the_same():
 
 
 @torch.no_grad()
-@several_maps()
-@pytest.mark.parametrize("prefill", ["trained", "exact"])
+@by_day("acyclic", "two groups")
+@pytest.mark.parametrize("prefill", ["trained", pytest.param("exact", marks=pytest.mark.nightly)])
 def test_generation_from_embeddings(sharing, prefill):
     """Alone, beside ids, padded, from a cache, with beams: as from the ids of the same tokens."""
     model = made(sharing, kv_prefill=prefill)

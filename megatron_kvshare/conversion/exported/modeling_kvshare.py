@@ -938,6 +938,8 @@ class KVShareModel(KVSharePreTrainedModel):
         own = attention in ("eager", "sdpa", "flex_attention")
         own = own or ("flash" in attention and "|" not in attention)
         given, config = more.get("attention_instances") is not None, self.config
+        if given and weights:
+            raise ValueError("attention_instances go without output_attentions")
         refuse({} if given and not own else {**more, "attention_instances": None})
         if not own and not given:
             raise ValueError(
@@ -949,8 +951,6 @@ class KVShareModel(KVSharePreTrainedModel):
             raise ValueError(
                 f"attention_instances know nothing of {rule}: this map cannot be served by them"
             )
-        if given and weights:
-            raise ValueError("attention_instances go without output_attentions")
         return more if given and not own else {}
 
     def _check_alone(self, alone: list[str], packing: dict[str, Any]) -> None:
