@@ -64,7 +64,11 @@ _ACCEPTED: dict[str, Accepted] = {
     "use_rotary_position_embeddings": _ON,
     "no_position_embedding": _ON,
     "normalization": Accepted(("RMSNorm",), "the model uses RMSNorm only"),
-    "position_embedding_type": Accepted(("rope",), "the model uses rotary embeddings only"),
+    "position_embedding_type": Accepted(
+        ("rope",),
+        "the model uses rotary embeddings only",
+        "use --position-embedding-type rope, with --rope-scaling-type yarn for yarn",
+    ),
     "rotary_percent": Accepted(("1.0",), "the whole head is rotated"),
     "use_mcore_models": _ON,
     "use_flash_attn": _ON,
