@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.config.flags.settings import flag_of
+from megatron_kvshare.config.rope import ROPE_SETTINGS
 from megatron_kvshare.errors import CheckpointError, Fault, KVShareError
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
@@ -29,10 +31,9 @@ _CHANGED_BY_FINETUNE = {
     "norm_epsilon",
     "rotary_base",
     "use_rope_scaling",
-    "rope_scaling_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_max_positions",
+    "rope_scaling_type",
+    "max_position_embeddings",
+    *itertools.chain(*ROPE_SETTINGS.values()),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_kvshare.config import ModelConfig, SharingConfig
 from megatron_kvshare.config.derive import model_shape, recipe, sharing_map
+from megatron_kvshare.config.rope import rope_identity
 from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.costs.weights import Held, Weight, stage_weights, weights
 from megatron_kvshare.sharing.map import SharingMap
@@ -80,8 +81,7 @@ class ModelSpec:
             "tokenizer": self.tokenizer,
             "norm_epsilon": model.norm_epsilon,
             "rotary_base": model.rotary_base,
-            "use_rope_scaling": model.use_rope_scaling,
-            **(_rope_scaling(model) if model.use_rope_scaling else {}),
+            **rope_identity(model),
         }
 
     @cached_property
@@ -102,12 +102,3 @@ class ModelSpec:
     def weights_on(self, stage: Held) -> tuple[Weight, ...]:
         """The tensors that a pipeline stage holds."""
         return stage_weights(self.shape, self.map, stage)
-
-
-def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "rope_scaling_factor": model.rope_scaling_factor,
-        "rope_low_freq_factor": model.rope_low_freq_factor,
-        "rope_high_freq_factor": model.rope_high_freq_factor,
-        "rope_original_max_positions": model.rope_original_max_positions,
-    }

@@ -125,6 +125,7 @@ CONFIG = {
     "blend": 0,
     "launch": 0,
     "derive": 1,
+    "rope": 1,
     "rules": 2,
     "deepspeed": 2,
     "pretrain": 3,

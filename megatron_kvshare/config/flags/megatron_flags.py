@@ -64,7 +64,11 @@ _ACCEPTED: dict[str, Accepted] = {
     "use_rotary_position_embeddings": _ON,
     "no_position_embedding": _ON,
     "normalization": Accepted(("RMSNorm",), "the model uses RMSNorm only"),
-    "position_embedding_type": Accepted(("rope",), "the model uses rotary embeddings only"),
+    "position_embedding_type": Accepted(
+        ("rope",),
+        "the model uses rotary embeddings only",
+        "use --position-embedding-type rope, with --rope-scaling-type yarn for yarn",
+    ),
     "rotary_percent": Accepted(("1.0",), "the whole head is rotated"),
     "use_mcore_models": _ON,
     "use_flash_attn": _ON,
@@ -183,7 +187,8 @@ _REFUSED: dict[str, Refused] = {
     "apply_layernorm_1p": Refused("RMSNorm has a plain weight", _LLAMA),
     "rotary_interleaved": Refused("rotary halves are not interleaved", _LLAMA),
     "rotary_seq_len_interpolation_factor": Refused(
-        "positions are not interpolated linearly", "use --use-rope-scaling (Llama 3)"
+        "the rotary embedding is stretched by one pair of flags",
+        "use --rope-scaling-type linear --rope-scaling-factor N",
     ),
     "multi_latent_attention": Refused("attention is grouped-query attention", _LLAMA),
     "init_method_xavier_uniform": Refused("initial weights are normal", "use --init-method-std"),
