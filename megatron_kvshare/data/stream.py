@@ -55,6 +55,19 @@ class SampleStream(Dataset[dict[str, Tensor]]):
         sample = self.sources[source][position]
         return {key: sample[key] for key in ("tokens", "labels", "loss_mask")}
 
+    def counts(self, first: int, end: int) -> list[int]:
+        """How many of the samples ``[first, end)`` are of each source."""
+        if len(self.sources) == 1:
+            return [end - first]
+        (turns, start), (last_turns, stop) = (divmod(at, _PATTERN_PICKS) for at in (first, end))
+        between = self._pick_source[min(start, stop) : max(start, stop)]
+        rest = numpy.bincount(between, minlength=len(self.sources)).tolist()
+        sign = 1 if start <= stop else -1
+        return [
+            (last_turns - turns) * picks + sign * more
+            for picks, more in zip(self._picks, rest, strict=True)
+        ]
+
     def locate(self, index: int) -> tuple[int, int]:
         """Source and the number of the sample in it."""
         source, nth = 0, index

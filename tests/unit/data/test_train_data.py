@@ -67,7 +67,7 @@ def test_one_round_visits_every_sample_once(write_tokens: WriteTokens) -> None:
     data = build(
         write_tokens([list(range(98)) * 250, [99]]), split="1,0,0", request={"eval_iters": 0}
     )
-    stream = data._streams[train_data.DataPart.train]
+    (stream,) = data._streams[train_data.DataPart.train].streams
     size = len(stream.sources[0])
     assert size == (98 * 250 + 1 - 1) // SEQ
     rounds = [[stream.locate(i)[1] for i in range(r * size, (r + 1) * size)] for r in range(3)]
@@ -228,6 +228,7 @@ def test_the_plan_shows_every_source(write_tokens: WriteTokens) -> None:
         "documents",
         "tokens",
         "samples",
+        "reads",
         "epochs",
         "source",
     ]
