@@ -200,11 +200,15 @@ def micro_batches(
             yield list(range(first, first + share.micro_batch_size))
 
 
+def cache_folder(data: DataConfig, plan: DataPlan) -> Path:
+    """Where the indices of samples are kept."""
+    return Path(data.data_cache_path or Path(plan.rows[0].source, "cache", "GPTDataset_indices"))
+
+
 def _open_streams(data: DataConfig, plan: DataPlan) -> dict[DataPart, StagedStream]:
     request = plan.request
-    cache = Path(data.data_cache_path or Path(plan.rows[0].source, "cache", "GPTDataset_indices"))
     specs = list(dict.fromkeys(row.spec(request) for row in plan.rows))
-    samples = dict(zip(specs, build_samples(specs, cache), strict=True))
+    samples = dict(zip(specs, build_samples(specs, cache_folder(data, plan)), strict=True))
 
     def blend(part: DataPart, stage: int = 0) -> SampleStream:
         rows = plan.rows_of(part, stage)
