@@ -24,7 +24,7 @@ class Place(NamedTuple):
     number: int
 
 
-class StagedStream(Dataset[dict[str, Tensor]]):
+class StagedStream(Dataset[Tensor]):
     """Sample ``i`` of the run, for every ``i`` >= 0.
 
     Args:
@@ -37,8 +37,8 @@ class StagedStream(Dataset[dict[str, Tensor]]):
         self.streams = list(streams)
         self._firsts = list(firsts)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Tokens, labels and loss mask of sample ``index``, each ``[s]``."""
+    def __getitem__(self, index: int) -> Tensor:
+        """Ids of sample ``index``, ``[s + 1]`` int64."""
         stage = self.stage_of(index)
         return self.streams[stage][index - self._firsts[stage]]
 

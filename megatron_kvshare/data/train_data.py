@@ -133,14 +133,16 @@ class TrainData:
             multiprocessing_context="fork" if self._data.num_workers else None,
             worker_init_fn=_leave_stopping_to_the_trainer,
         )
-        for fields in loader:
-            yield self._finish(**fields)
+        yield from map(self._finish, loader)
 
-    def _finish(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Batch:
+    def _finish(self, ids: Tensor) -> Batch:
+        """A batch of ``[b, s + 1]`` ids."""
         vocabulary = self.plan.request.vocabulary
-        for token in _extremes(tokens, labels, loss_mask):
+        for token in map(int, torch.aminmax(ids)):
             if not 0 <= token < vocabulary.size:
                 raise DataError(token_outside("training data", token, vocabulary.size))
+        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        loss_mask = torch.ones(tokens.shape)
         positions = documents = None
         if vocabulary.eod is not None:
             if self._data.reset_position_ids:
@@ -150,14 +152,6 @@ class TrainData:
             if self._data.eod_mask_loss:
                 loss_mask = loss_mask.masked_fill(tokens == vocabulary.eod, 0.0)
         return Batch(tokens, labels, loss_mask, positions, documents)
-
-
-def _extremes(tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[int, int]:
-    """The smallest and the largest id of a batch from megatron-core, which turns labels of -1 into
-    0 without a loss."""
-    both = torch.cat((tokens, labels))
-    smallest = int(both.min()) if bool(loss_mask.all()) else -1
-    return smallest, int(both.max())
 
 
 def _leave_stopping_to_the_trainer(_worker: int) -> None:
