@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy
 
-from megatron_kvshare.data.documents import DocumentReader, RawDocument, TextDocuments
+from megatron_kvshare.data.documents import BadRecord, Piece, TextDocuments, records
+from megatron_kvshare.data.inputs import MAX_DOCUMENT_BYTES, InputOptions, open_inputs
 from megatron_kvshare.data.publish import INDEX, NOTES, TOKENS, publish
 from megatron_kvshare.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_kvshare.errors import DataError, Fault
@@ -108,12 +109,17 @@ class _Encoder:
     tokenizer: Tokenizer
     eod: int | None
 
-    def encode(self, batch: Sequence[RawDocument]) -> list[_Encoded]:
+    def encode(self, batch: Sequence[Piece]) -> list[_Encoded]:
         rows: list[list[list[int]]] = [[] for _ in self.job.json_keys]
         inner_ends = [InnerEnds() for _ in self.job.json_keys]
-        for document in batch:
-            texts = document.texts(self.job.json_keys)
-            for row, found, text in zip(rows, inner_ends, texts, strict=True):
+        keys = self.job.json_keys
+        for record in (
+            each for piece in batch for each in records(piece, keys, MAX_DOCUMENT_BYTES)
+        ):
+            if isinstance(record, BadRecord):
+                raise record.error()
+            document = record
+            for row, found, text in zip(rows, inner_ends, document.texts, strict=True):
                 ids = self.tokenizer.encode(text) if text.strip() else []
                 if self.eod in ids:
                     found.add(InnerEnds(ids.count(self.eod), 1, document.where))
@@ -198,7 +204,8 @@ def preprocess(job: PreprocessJob, report: Callable[[Counts], None] | None = Non
         DataError: broken input, tokenizer or output folder; nothing is left behind then.
         OwnershipError: another process writes the same files.
     """
-    reader = DocumentReader(job.inputs, job.text_documents)
+    options = InputOptions(json_keys=job.json_keys, text_documents=job.text_documents)
+    reader = open_inputs(job.inputs, options)
     tokenizer = job.load_tokenizer()
     if job.append_eod and tokenizer.eod is None:
         fix = (
@@ -207,13 +214,13 @@ def preprocess(job: PreprocessJob, report: Callable[[Counts], None] | None = Non
         )
         raise DataError(Fault("--append-eod", "on", "the tokenizer names no such token", fix))
     encoder = _Encoder(job, tokenizer, tokenizer.eod)
-    progress = Counts(total_bytes=reader.total_bytes)
+    progress = Counts(total_bytes=reader.total_bytes or 0)
     try:
         with ExitStack() as stack:
             stack.enter_context(owned(*(file_place("--output-prefix", p) for p in job.prefixes)))
             outputs = _Outputs(job, tokenizer)
             stack.callback(outputs.discard)
-            for encoded in _encode_all(encoder, _batches(reader), stack):
+            for encoded in _encode_all(encoder, _batches(reader.pieces()), stack):
                 outputs.write(encoded, progress)
                 progress.bytes_read = reader.bytes_read
                 if report is not None:
@@ -229,12 +236,12 @@ def preprocess(job: PreprocessJob, report: Callable[[Counts], None] | None = Non
     return progress
 
 
-def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    batch: list[RawDocument] = []
+def _batches(documents: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document.content)
+        size += document.size
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -243,7 +250,7 @@ def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
 
 
 def _encode_all(
-    encoder: _Encoder, batches: Iterator[list[RawDocument]], stack: ExitStack
+    encoder: _Encoder, batches: Iterator[list[Piece]], stack: ExitStack
 ) -> Iterator[list[_Encoded]]:
     """Encoded batches in input order, with a bounded number of them in flight."""
     job = encoder.job
@@ -272,7 +279,7 @@ def _start_worker(job: PreprocessJob, eod: int | None) -> None:
     _worker = _Encoder(job, job.load_tokenizer(), eod)
 
 
-def _encode_in_worker(batch: list[RawDocument]) -> list[_Encoded] | tuple[Fault, ...]:
+def _encode_in_worker(batch: list[Piece]) -> list[_Encoded] | tuple[Fault, ...]:
     """Encode, or hand back the faults: an exception would lose them between processes."""
     assert _worker is not None, "the pool runs _start_worker first"
     try:
