@@ -14,6 +14,7 @@ import glob
 import os
 import stat
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,11 +84,10 @@ class _Input(Protocol):
     name: str
     size: int | None
 
-    @property
-    def kind(self) -> str: ...
+    bytes_read: int
 
     @property
-    def bytes_read(self) -> int: ...
+    def kind(self) -> str: ...
 
     def identity(self) -> list[Any]:
         """What tells that it is still the same input."""
@@ -118,6 +118,15 @@ class Inputs:
         """Bytes read so far, compressed as they are on the disk."""
         return sum(file.bytes_read for file in self.files)
 
+    def bytes_before(self, position: Position) -> int:
+        """About how many of them come before a place."""
+        sizes = (file.size or 0 for file in self.files[: position.file])
+        return sum(sizes)
+
+    def identity(self) -> list[list[Any]]:
+        """What tells that it is still the same input."""
+        return [file.identity() for file in self.files]
+
     def kinds(self) -> dict[str, int]:
         """How many inputs were taken for what."""
         return dict(Counter(file.kind for file in self.files))
@@ -125,6 +134,8 @@ class Inputs:
     def pieces(self, start: Position | None = None) -> Iterator[Piece]:
         """All input from ``start`` on, in pieces of whole records."""
         start = start or Position()
+        for file in self.files[: start.file]:
+            file.bytes_read = file.size or 0
         for number in range(start.file, len(self.files)):
             first = start if number == start.file else Position(number)
             yield from self.files[number].pieces(number, first)
@@ -337,8 +348,8 @@ class _Text:
         return str(self.form)
 
     def identity(self) -> list[Any]:
-        if self.path is None:
-            return [self.name, self.kind]
+        if self.path is None:  # what comes through a pipe may be other text each time
+            return [self.name, uuid.uuid4().hex]
         status = self.path.stat()
         return [str(self.path.resolve()), status.st_size, status.st_mtime_ns, self.kind]
 
