@@ -24,9 +24,11 @@ REPROCESS = "make the files again with `kvshare preprocess`"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_CODES = {name: code for code, name in _DTYPES.items()}
 _MAX_SEQUENCES = (1 << 31) - 1
 """megatron-core numbers documents in 32 bits."""
 _CHUNK = 1 << 20
+_TWO_BYTES = 65_500
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,39 @@ def write_index(
         for piece in ends:
             for _, part in _chunks(piece):
                 write(part.astype("<i8").tobytes())
+    return sha256.hexdigest()
+
+
+def token_dtype(vocab_size: int) -> numpy.dtype:
+    """How token ids are stored: in 2 bytes below 65,500 of them, else in 4, as megatron-core does
+    (``DType.optimal_dtype``)."""
+    return numpy.dtype("uint16" if vocab_size < _TWO_BYTES else "int32")
+
+
+def write_index(path: Path, dtype: numpy.dtype, lengths: numpy.ndarray) -> str:
+    """Write the index of documents of ``lengths`` tokens (int32, may be mapped from a file), one
+    sequence each, byte for byte as megatron-core's ``IndexedDatasetBuilder`` does.
+
+    Returns:
+        SHA-256 of the file.
+    """
+    sha256 = hashlib.sha256()
+    header = _HEADER.pack(_MAGIC, 1, _CODES[dtype.name], lengths.size, lengths.size + 1)
+    chunks = range(0, lengths.size, _CHUNK)
+    with path.open("wb") as file:
+
+        def write(content: bytes) -> None:
+            file.write(content)
+            sha256.update(content)
+
+        write(header)
+        for first in chunks:
+            write(lengths[first : first + _CHUNK].astype("<i4").tobytes())
+        for _, starts in _starts(lengths, dtype.itemsize):
+            write(starts.astype("<i8").tobytes())
+        for first in range(0, lengths.size + 1, _CHUNK):
+            end = min(first + _CHUNK, lengths.size + 1)
+            write(numpy.arange(first, end, dtype="<i8").tobytes())
     return sha256.hexdigest()
 
 

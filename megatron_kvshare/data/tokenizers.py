@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         """Token ids of a text, without added begin or end tokens."""
         ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of many texts, in one thread and less time."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
         ...
@@ -122,6 +126,10 @@ class NullTokenizer:
                 raise _fault("NullTokenizer", token, rule, "raise --vocab-size")
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Read the numbers of many texts."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Write the numbers."""
         return " ".join(map(str, ids))
@@ -168,6 +176,10 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
         return list(self._processor.encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts."""
+        return list(self._processor.encode(list(texts), num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -257,6 +269,11 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts, without the offsets that :meth:`encode` computes as well."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(encoding.ids) for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""

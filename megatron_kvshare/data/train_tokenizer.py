@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from megatron_kvshare.data.documents import DocumentReader
+from megatron_kvshare.data.inputs import InputOptions, Inputs, open_inputs
 from megatron_kvshare.errors import DataError, Fault
 from megatron_kvshare.ownership.aside import aside, remove_leftovers
 from megatron_kvshare.ownership.owner import file_place, owned
@@ -58,7 +58,8 @@ def train_tokenizer(job: TokenizerJob) -> TrainedTokenizer:
         folder.
         OwnershipError: another process writes the same files.
     """
-    sentences = _Sentences(DocumentReader(job.inputs, text_documents="line"), job.json_key)
+    options = InputOptions(json_keys=(job.json_key,), text_documents="line")
+    sentences = _Sentences(open_inputs(job.inputs, options))
     files = Path(job.output + ".model"), Path(job.output + ".vocab")
     buffer = io.BytesIO()
     try:
@@ -132,17 +133,16 @@ def _border(content: bytes, start: int, end: int) -> int:
 class _Sentences:
     """Feeds the trainer, and keeps the error if there is one: C++ lets only its text through."""
 
-    def __init__(self, reader: DocumentReader, json_key: str) -> None:
-        self.reader = reader
-        self.json_key = json_key
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
         self.count = 0
         self.text_bytes = 0
         self.fault: DataError | None = None
 
     def __iter__(self) -> Iterator[str]:
         try:
-            for document in self.reader:
-                text = document.texts([self.json_key])[0].replace("\0", " ")
+            for document in self.inputs.documents():
+                text = document.texts[0]
                 self.text_bytes += len(text.encode("utf-8"))
                 for sentence in cut_sentences(text):
                     self.count += 1

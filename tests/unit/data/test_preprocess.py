@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_kvshare.cli.main import main
-from megatron_kvshare.data import preprocess as module
+from megatron_kvshare.data import encoding
 from megatron_kvshare.data.preprocess import PreprocessJob, preprocess
 from megatron_kvshare.data.tokenizers import load_tokenizer
 from megatron_kvshare.errors import DataError
@@ -59,7 +59,7 @@ def test_round_trip(jsonl: str, tmp_path: Path, tokenizer_model: str, append_eod
 def test_files_do_not_depend_on_workers(
     jsonl: str, tmp_path: Path, tokenizer_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_BYTES", 50)
+    monkeypatch.setattr(encoding, "_TASK_BYTES", 50)
     for workers in (1, 2):
         preprocess(job_for(jsonl, tmp_path / str(workers), tokenizer_model, workers=workers))
     for suffix in (".bin", ".idx", ".meta.json"):
@@ -123,7 +123,7 @@ def test_end_tokens_inside_documents_are_told_and_can_be_text(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_BYTES", 50)
+    monkeypatch.setattr(encoding, "_TASK_BYTES", 50)
     path = tmp_path / "a.jsonl"
     texts = [WORDS, "one<end>two", WORDS, "three <end><end> four", "</s>"]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
