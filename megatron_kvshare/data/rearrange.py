@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,16 @@ from megatron_kvshare.megatron_api.datasets import split_ranges
 from megatron_kvshare.ownership.aside import aside, remove_leftovers
 from megatron_kvshare.ownership.owner import file_place, owned
 
-_COUNTS = ("documents", "tokens", "index_sha256")
-"""What the notes beside token files say of these files and of no others."""
+_IDENTITY = (
+    "tokenizer_type",
+    "tokenizer_model",
+    "tokenizer_sha256",
+    "vocab_size",
+    "eod",
+    "append_eod",
+    "split_special_tokens",
+)
+"""What the notes beside token files say of the tokens; the rest is of these files and no others."""
 _BATCH_BYTES = 64 << 20
 _BYTES_PER_DOCUMENT = 64
 """What the number, place and length of a document take while it is sorted and read."""
@@ -174,8 +182,8 @@ def _write(
                     report(written)
             assert written == count
             tokens_written = sum(int(sizes.sum(dtype=numpy.int64)) for sizes in lengths)
-            sha256 = write_index(files[INDEX], corpus.dtype, lengths, borders)
-            counts = dict(zip(_COUNTS, (count, tokens_written, sha256), strict=True))
+            sha256 = write_index(files[INDEX], corpus.dtype, *lengths, borders=borders)
+            counts = {"documents": count, "tokens": tokens_written, "index_sha256": sha256}
             notes = _common_notes(corpus) | counts
             files[NOTES].write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -204,20 +212,23 @@ def _check(corpus: Corpus, prefix: str, count: int, whole: bool) -> None:
 
 
 def _common_notes(corpus: Corpus) -> dict[str, object]:
-    """What the notes of all inputs agree in, but for counts: nothing, where one has none."""
+    """What the notes of all inputs agree in; nothing, where one has none."""
     first, *others = (files.notes for files in corpus.files)
     return {
-        name: value
-        for name, value in first.items()
-        if name not in _COUNTS and all(name in each and each[name] == value for each in others)
+        name: first[name]
+        for name in _IDENTITY
+        if name in first and all(name in each and each[name] == first[name] for each in others)
     }
 
 
 def differing_notes(corpus: Corpus) -> list[str]:
     """What the notes of the inputs do not agree in, and so the output has none of."""
     common = _common_notes(corpus)
-    names: Iterable[str] = (name for files in corpus.files for name in files.notes)
-    return [name for name in dict.fromkeys(names) if name not in (*common, *_COUNTS)]
+    return [
+        name
+        for name in _IDENTITY
+        if name not in common and any(name in files.notes for files in corpus.files)
+    ]
 
 
 @contextmanager

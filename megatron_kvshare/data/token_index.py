@@ -81,34 +81,41 @@ def read_index(prefix: str, bin_bytes: int) -> TokenIndex:
     return TokenIndex(dtype, lengths, pointers, ends, hashlib.sha256(content).hexdigest())
 
 
+def token_dtype(vocab_size: int) -> numpy.dtype:
+    """How token ids are stored: in 2 bytes below 65,500 of them, else in 4, as megatron-core does
+    (``DType.optimal_dtype``)."""
+    return numpy.dtype("uint16" if vocab_size < _TWO_BYTES else "int32")
+
+
 def write_index(
     path: Path,
     dtype: numpy.dtype,
-    lengths: Sequence[numpy.ndarray],
+    *lengths: numpy.ndarray,
     borders: Sequence[numpy.ndarray] | None = None,
 ) -> str:
-    """Write ``.idx`` as megatron-core's builder does, in little memory.
+    """Write an index byte for byte as megatron-core's ``IndexedDatasetBuilder`` does.
 
     Args:
         path: the file.
         dtype: type of the token ids.
-        lengths: tokens of every document, in pieces.
-        borders: where documents end, the first border 0, in pieces; None: after each length.
+        lengths: tokens of every document (int32, may be mapped from a file), in pieces.
+        borders: after which of them the file says that a document ends, in pieces, from 0; None:
+            after each.
 
     Returns:
         SHA-256 of the file.
     """
     count = sum(piece.size for piece in lengths)
     ends = [numpy.arange(count + 1)] if borders is None else borders
-    code = next(code for code, name in _DTYPES.items() if name == dtype.name)
     sha256 = hashlib.sha256()
     with path.open("wb") as file:
 
         def write(content: bytes) -> None:
-            sha256.update(content)
             file.write(content)
+            sha256.update(content)
 
-        write(_HEADER.pack(_MAGIC, 1, code, count, sum(piece.size for piece in ends)))
+        size = sum(piece.size for piece in ends)
+        write(_HEADER.pack(_MAGIC, 1, _CODES[dtype.name], count, size))
         for piece in lengths:
             for _, part in _chunks(piece):
                 write(part.astype("<i4").tobytes())
@@ -120,39 +127,6 @@ def write_index(
         for piece in ends:
             for _, part in _chunks(piece):
                 write(part.astype("<i8").tobytes())
-    return sha256.hexdigest()
-
-
-def token_dtype(vocab_size: int) -> numpy.dtype:
-    """How token ids are stored: in 2 bytes below 65,500 of them, else in 4, as megatron-core does
-    (``DType.optimal_dtype``)."""
-    return numpy.dtype("uint16" if vocab_size < _TWO_BYTES else "int32")
-
-
-def write_index(path: Path, dtype: numpy.dtype, lengths: numpy.ndarray) -> str:
-    """Write the index of documents of ``lengths`` tokens (int32, may be mapped from a file), one
-    sequence each, byte for byte as megatron-core's ``IndexedDatasetBuilder`` does.
-
-    Returns:
-        SHA-256 of the file.
-    """
-    sha256 = hashlib.sha256()
-    header = _HEADER.pack(_MAGIC, 1, _CODES[dtype.name], lengths.size, lengths.size + 1)
-    chunks = range(0, lengths.size, _CHUNK)
-    with path.open("wb") as file:
-
-        def write(content: bytes) -> None:
-            file.write(content)
-            sha256.update(content)
-
-        write(header)
-        for first in chunks:
-            write(lengths[first : first + _CHUNK].astype("<i4").tobytes())
-        for _, starts in _starts(lengths, dtype.itemsize):
-            write(starts.astype("<i8").tobytes())
-        for first in range(0, lengths.size + 1, _CHUNK):
-            end = min(first + _CHUNK, lengths.size + 1)
-            write(numpy.arange(first, end, dtype="<i8").tobytes())
     return sha256.hexdigest()
 
 

@@ -254,7 +254,9 @@ def test_nothing_is_left_of_what_fails(
     if name != "split":
         with pytest.raises(DataError, match="what it is made of"):
             ACTS[name](corpus, two[0][0])
-    monkeypatch.setattr(rearrange, "write_index", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        rearrange, "write_index", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(DataError, match=r"--output-prefix.*full"):
         ACTS[name](corpus, str(out / "x"))
     assert list(tmp_path.glob("out/*")) == []
