@@ -238,7 +238,8 @@ class HuggingFaceTokenizer:
         name than ``tokenizer.json`` has no settings."""
         folder = self._path if self._path.is_dir() else self._path.parent
         has_settings = folder == self._path or self._path.name == "tokenizer.json"
-        if not has_settings or not any((folder / name).is_file() for name in _NAMING):
+        is_named = any((folder / name).is_file() for name in _NAMING) or _is_bare_gpt2(folder)
+        if not (has_settings and is_named):
             return {}
         found = self._by_transformers(folder)
         tokens = {"bos_token": found.bos_token, "eos_token": found.eos_token}
@@ -305,13 +306,15 @@ def _from_transformers(folder: Path, given: Path, trust_remote_code: bool) -> An
     """The tokenizer in ``folder`` as transformers reads it, without code that lies there unless it
     is trusted: where ``tokenizer.json`` does without, the class that needs none."""
     try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
     except ImportError as error:
         raise _needs_transformers(given) from error
     try:
         settings = _json(folder / "tokenizer_config.json")
         if "auto_map" in settings and (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        if _is_bare_gpt2(folder):
+            return GPT2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
@@ -320,6 +323,14 @@ def _from_transformers(folder: Path, given: Path, trust_remote_code: bool) -> An
         reason = " ".join(str(error).split())[:200]
         rule = f"transformers cannot read it ({reason})"
         raise _fault("--tokenizer-model", str(given), rule, fix) from error
+
+
+def _is_bare_gpt2(folder: Path) -> bool:
+    """The two files of GPT-2's tokenizer, as Megatron's --vocab-file and --merge-file, and nothing
+    that names a class."""
+    names = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    there = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return there and not any((folder / name).is_file() for name in names)
 
 
 def _json(path: Path) -> dict[str, Any]:
