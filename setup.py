@@ -30,6 +30,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8"],
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
     "eval": ["lm_eval>=0.4.13", "accelerate"],
+    "plot": ["matplotlib"],  # kvshare data inspect --png
     "tracking": ["wandb>=0.22.3", "tensorboard"],
     "test": [
         "pytest",

@@ -38,6 +38,7 @@ COMMANDS = {
     "preprocess": Subcommand(
         "preprocess", "turn jsonl or plain text into Megatron .bin/.idx files"
     ),
+    "data": Subcommand("data", "merge, split, shuffle, inspect and index token files"),
     "pretrain": Subcommand(
         "pretrain", "train a model; the same command on a laptop and on a cluster"
     ),

@@ -123,6 +123,7 @@ CONFIG = {
     "fields": 0,
     "blend": 0,
     "launch": 0,
+    "data_files": 1,
     "derive": 1,
     "rules": 2,
     "deepspeed": 2,

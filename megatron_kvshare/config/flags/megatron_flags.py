@@ -165,14 +165,6 @@ _REFUSED: dict[str, Refused] = {
     ),
     "vocab_file": Refused("GPT-2 vocabulary files are not read", "use --tokenizer-model"),
     "merge_file": Refused("GPT-2 merge files are not read", "use --tokenizer-model"),
-    "per_split_data_args_path": Refused(
-        "paths are flags here", "use --train-data-path and --valid-data-path"
-    ),
-    "test_data_path": Refused(
-        "a run reads training and validation data only",
-        "leave it out; score the model after training with `kvshare evaluate --data-path PREFIX`",
-    ),
-    "data_args_path": Refused("paths are flags here", "use --data-path, or data_path in --config"),
     "wandb_entity": Refused("wandb reads it itself", "set the environment variable WANDB_ENTITY"),
     "tensorboard_log_interval": Refused("all logs share one interval", "use --log-interval"),
     "add_bias_linear": Refused("linear layers have no biases", _LLAMA),
