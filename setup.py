@@ -29,6 +29,8 @@ CORE = [
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8"],
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
+    # TikTokenizer: files of tiktoken
+    "tiktoken": ["tiktoken"],
     "eval": ["lm_eval>=0.4.13", "accelerate"],
     "plot": ["matplotlib"],  # kvshare data inspect --png
     "tracking": ["wandb>=0.22.3", "tensorboard"],

@@ -36,13 +36,14 @@ class PreprocessConfig:
     output_prefix: str
     """Start of the output names: PREFIX_text_document.bin and .idx."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """Kind of tokenizer."""
+    """Kind of tokenizer; TikTokenizer is for files of tiktoken, ByteLevelTokenizer has no file."""
     tokenizer_model: str | None = None
-    """Tokenizer file (SentencePiece .model, tokenizer.json) or folder (Hugging Face)."""
+    """Tokenizer file (SentencePiece .model, tokenizer.json, .tiktoken) or folder (Hugging Face)."""
     trust_remote_code: bool = False
     """Run code that the folder of --tokenizer-model brings along; never done otherwise."""
     vocab_size: Count | None = None
-    """Number of token ids, for NullTokenizer only (the last one ends documents)."""
+    """Number of token ids: of NullTokenizer (the last one ends documents), of ByteLevelTokenizer
+    (512), and of megatron-core's files for TikTokenizer (131072, special tokens included)."""
     json_keys: tuple[str, ...] = ("text",)
     """Keys of the text in JSON lines, columns of a table; each gets files of its own:
     PREFIX_KEY_document."""

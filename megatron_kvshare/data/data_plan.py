@@ -76,6 +76,8 @@ class PlanRow:
     fingerprint: str
     index_sha256: str
     stage: int = 0
+    has_notes: bool = True
+    """Whether `kvshare preprocess` noted the tokenizer beside the files."""
 
     @property
     def num_documents(self) -> int:
@@ -181,7 +183,15 @@ class DataPlan:
             + line[-1]
             for line in table
         ]
-        return [*aligned, *self._stage_lines()]
+        return [*aligned, *self._unnoted_lines(), *self._stage_lines()]
+
+    def _unnoted_lines(self) -> Iterator[str]:
+        unnoted = dict.fromkeys(row.source for row in self.rows if not row.has_notes)
+        if unnoted:
+            yield (
+                f"without a note of their tokenizer, as stock files are: {', '.join(unnoted)}; that"
+                " it is the one given cannot be checked, only that all ids are known"
+            )
 
     def _stage_lines(self) -> Iterator[str]:
         if not self.request.stages:
@@ -285,6 +295,7 @@ def _rows(
                 epochs=epochs,
                 fingerprint=files.fingerprint,
                 index_sha256=files.index.sha256,
+                has_notes=bool(files.notes),
                 stage=stage,
             )
         )

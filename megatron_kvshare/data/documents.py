@@ -21,6 +21,8 @@ Unit = Literal["json", "line", "paragraph", "file", "row"]
 """What the records of a piece are."""
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_BLANK = b" \t\r\v\f\xef\xbb\xbf"
+"""Bytes of a line without content: spaces, and a byte order mark in UTF-8."""
 _SHOWN = 200
 """Characters of a bad record that are shown."""
 
@@ -158,12 +160,12 @@ def _units(unit: Unit, content: bytes, number: int) -> Iterator[tuple[int, bytes
         return
     if unit != "paragraph":
         for line_number, line in enumerate(content.split(b"\n"), number):
-            if line.strip():
+            if line.strip(_BLANK):
                 yield line_number, line
         return
     lines: list[bytes] = []
     for line_number, line in enumerate(content.split(b"\n"), number):
-        if line.strip():
+        if line.strip(_BLANK):
             lines.append(line)
         elif lines:
             yield line_number - len(lines), b"\n".join(lines)

@@ -32,7 +32,7 @@ from megatron_kvshare.errors import DataError, Fault
 
 _TASK_BYTES = 1 << 18
 _TASK_PIECES = 1_000
-_BYTES_PER_WORKER = 4 << 20
+_BYTES_PER_WORKER = 1 << 20
 """Text that waits for a worker or is in its hands; one document more where it is longer."""
 EXAMPLES = 10
 """Bad records of each kind that are kept to be shown."""

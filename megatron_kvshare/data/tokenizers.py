@@ -12,6 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_kvshare.data.byte_tokenizers import (
+    BYTE_VOCABULARY,
+    ByteTokenizer,
+    TiktokenTokenizer,
+)
 from megatron_kvshare.errors import DataError, Fault
 
 _NAMING = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
@@ -64,9 +69,10 @@ def load_tokenizer(
     """Load a tokenizer by Megatron's ``--tokenizer-type`` name.
 
     Args:
-        kind: ``SentencePieceTokenizer``, ``HuggingFaceTokenizer`` or ``NullTokenizer``.
+        kind: ``SentencePieceTokenizer``, ``HuggingFaceTokenizer``, ``TikTokenizer``,
+            ``ByteLevelTokenizer`` or ``NullTokenizer``.
         model: its file or folder on this machine.
-        vocab_size: number of ids, for ``NullTokenizer`` only.
+        vocab_size: number of ids, for those that have no file or a file of more.
         split_special_tokens: encode the names of special tokens inside a text as text.
         trust_remote_code: run code of the folder where it has no ``tokenizer.json``.
 
@@ -82,24 +88,29 @@ def load_tokenizer(
                 "--vocab-size", None, "NullTokenizer needs the number of ids", "give --vocab-size"
             )
         return NullTokenizer(vocab_size)
+    if kind == "ByteLevelTokenizer":
+        return ByteTokenizer(vocab_size or BYTE_VOCABULARY)
     if model is None:
         fix = "give the tokenizer's file or folder; `kvshare train-tokenizer` makes one"
         raise _fault("--tokenizer-model", None, f"{kind} needs a file", fix)
-    kinds = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    kinds = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer")
     if kind not in kinds:
-        fix = f"use one of {', '.join([*kinds, 'NullTokenizer'])}"
+        fix = f"use one of {', '.join([*kinds, 'ByteLevelTokenizer', 'NullTokenizer'])}"
         raise _fault("--tokenizer-type", kind, "unknown kind of tokenizer", fix)
     if not Path(model).exists():
         fix = "give a path on this machine (names on a hub are not looked up)"
         raise _fault("--tokenizer-model", model, "no such file or folder", fix)
     if kind == "SentencePieceTokenizer":
         return SentencePieceTokenizer(Path(model), split_special_tokens)
+    if kind == "TikTokenizer":
+        return TiktokenTokenizer(Path(model), vocab_size, split_special_tokens)
     return HuggingFaceTokenizer(Path(model), split_special_tokens, trust_remote_code)
 
 
 def kind_of(path: str) -> str:
     """The kind of the tokenizer at ``path``, by its name alone."""
-    return "SentencePieceTokenizer" if path.endswith(".model") else "HuggingFaceTokenizer"
+    kinds = {".model": "SentencePieceTokenizer", ".tiktoken": "TikTokenizer"}
+    return kinds.get(Path(path).suffix, "HuggingFaceTokenizer")
 
 
 class NullTokenizer:

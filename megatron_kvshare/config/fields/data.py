@@ -6,7 +6,13 @@ from typing import Literal
 
 from megatron_kvshare.config.fields.types import SCHEMA, Index, Positive, dataclass
 
-TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"]
+TokenizerType = Literal[
+    "SentencePieceTokenizer",
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+    "ByteLevelTokenizer",
+    "NullTokenizer",
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)
@@ -37,7 +43,7 @@ class DataConfig:
     mock_data: bool = False
     """Train on made-up tokens (no files needed)."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """Kind of tokenizer."""
+    """Kind of tokenizer; TikTokenizer is for files of tiktoken, ByteLevelTokenizer has no file."""
     tokenizer_model: str | None = None
     """Tokenizer file (SentencePiece) or folder (Hugging Face)."""
     trust_remote_code: bool = False

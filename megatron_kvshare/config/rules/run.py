@@ -225,11 +225,13 @@ def tokenizer_is_given(config: PretrainConfig) -> Iterator[Fault]:
         if config.model.vocab_size is None:
             fix = "add --vocab-size N (for example 32000)"
             yield Fault("--vocab-size", None, "--tokenizer-type NullTokenizer needs it", fix)
+    elif data.tokenizer_type == "ByteLevelTokenizer":
+        return
     elif data.tokenizer_model is not None:
         yield from _tokenizer_files(data, data.tokenizer_model)
-    elif data.tokenizer_type == "HuggingFaceTokenizer":
-        rule_text = "--tokenizer-type HuggingFaceTokenizer needs it"
-        yield Fault("--tokenizer-model", None, rule_text, "add --tokenizer-model FOLDER")
+    elif data.tokenizer_type in ("HuggingFaceTokenizer", "TikTokenizer"):
+        rule_text = f"--tokenizer-type {data.tokenizer_type} needs it"
+        yield Fault("--tokenizer-model", None, rule_text, "add --tokenizer-model PATH")
     elif data.mock_data and config.model.vocab_size is None:
         fix = "add --vocab-size N (for example 32000)"
         yield Fault("--vocab-size", None, "made-up tokens need a vocabulary size", fix)
