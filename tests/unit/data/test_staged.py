@@ -240,6 +240,7 @@ def test_test_data_is_read_apart(sources: dict[str, str]) -> None:
         torch.cat([b.tokens for b in each()]) for each in (data.valid_batches, data.test_batches)
     ]
     assert [each.unique().tolist() for each in rows] == [[2], [3]]
-    assert [line.split()[0] for line in data.plan.lines()] == ["part", "train", "valid", "test"]
+    parts = [line.split()[0] for line in data.plan.lines()[:4]]
+    assert parts == ["part", "train", "valid", "test"]
     without = build((web,), valid_data_path=(math,), test_data_path=(code,))
     assert [row.source for row in without.plan.rows] == [web]
