@@ -140,8 +140,8 @@ def open_corpus(inputs: Sequence[str]) -> Corpus:
 
 
 def _prefixes(word: str) -> list[str]:
-    if not os.path.isdir(word):
-        return [word]
+    if os.path.isfile(word + INDEX) or not os.path.isdir(word):
+        return [word]  # training keeps its index of samples in a folder of the prefix's name
     found = sorted(str(path)[: -len(INDEX)] for path in Path(word).glob("*" + INDEX))
     if not found:
         fix = "give prefixes of .bin/.idx files, or the folder they lie in"

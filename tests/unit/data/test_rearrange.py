@@ -231,6 +231,8 @@ def test_a_folder_stands_for_its_files(two: tuple, tmp_path: Path) -> None:
     assert open_corpus([str(tmp_path)]).num_documents == len(documents)
     with pytest.raises(DataError, match="given twice"):
         open_corpus([str(tmp_path), prefixes[0]])
+    Path(prefixes[0], "cache").mkdir(parents=True)  # as training makes it
+    assert open_corpus(prefixes[:1]).num_documents == 150
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError) as caught:
         open_corpus([str(tmp_path / "none"), str(tmp_path / "nothing")])
