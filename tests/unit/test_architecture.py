@@ -124,6 +124,7 @@ CONFIG = {
     "fields": 0,
     "blend": 0,
     "launch": 0,
+    "data_files": 1,
     "derive": 1,
     "rope": 1,
     "rules": 2,
