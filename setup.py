@@ -18,8 +18,8 @@ assert VERSION_LINE, "megatron_kvshare/__init__.py must state __version__"
 CORE = [
     "torch>=2.7",
     "megatron-core>=0.16.1,<0.20",
-    "sentencepiece",
-    "datasets",
+    "sentencepiece>=0.2.3",  # batches as arrays
+    "datasets",  # its data sets, and pyarrow: Parquet, Arrow, Zstandard
     "pydantic>=2.7",
     "PyYAML",
     "rich",

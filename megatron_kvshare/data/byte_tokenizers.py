@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
+
 from megatron_kvshare.errors import DataError, Fault
 
 _BYTES = 256
@@ -56,9 +58,10 @@ class ByteTokenizer:
         """Bytes of a text."""
         return list(text.encode("utf-8"))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
         """Bytes of many texts."""
-        return [self.encode(text) for text in texts]
+        encoded = (numpy.frombuffer(text.encode("utf-8"), dtype=numpy.uint8) for text in texts)
+        return [ids.astype(numpy.int32) for ids in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of bytes; what is none becomes a replacement character."""
@@ -120,9 +123,9 @@ class TiktokenTokenizer:
         """Token ids of a text."""
         return self._encoding.encode(text, allowed_special=self._allowed, disallowed_special=())
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
         """Token ids of many texts."""
-        return [self.encode(text) for text in texts]
+        return [numpy.array(self.encode(text), dtype=numpy.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""

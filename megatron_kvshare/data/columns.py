@@ -78,7 +78,11 @@ def arrow_rows(path: Path, where: str, keys: Sequence[str], start: int) -> Itera
         whole = (
             (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
         )
-        batches = (batch.slice(i, _ROWS) for batch in whole for i in range(0, len(batch), _ROWS))
+        batches = (
+            batch.slice(i, _ROWS)
+            for batch in map(_sound, whole)
+            for i in range(0, len(batch), _ROWS)
+        )
         yield from _grouped(batches, keys, 0, start)
 
 
@@ -90,7 +94,7 @@ def dataset_rows(dataset: Any, where: str, keys: Sequence[str], start: int) -> I
         for number, table in enumerate(tables):
             if number == 0:
                 check_columns(where, table.schema, keys)
-            yield table
+            yield _sound(table)
 
     yield from _grouped(batches(), keys, start, start)
 
@@ -115,11 +119,19 @@ def _grouped(batches: Iterator[Any], keys: Sequence[str], first: int, start: int
         yield begin, columns
 
 
+def _sound(batch: Any) -> Any:
+    """A batch whose columns are as long as it says; a damaged one may claim billions of rows."""
+    batch.validate()
+    return batch
+
+
 def _values(column: Any) -> list[bytes | None]:
     import pyarrow
 
-    # As bytes: a file may claim to hold UTF-8 that is none.
-    found: list[bytes | None] = column.cast(pyarrow.large_binary()).to_pylist()
+    # As bytes: a file may claim to hold UTF-8 that is none. Where a value ends, Arrow believes too.
+    values = column.cast(pyarrow.large_binary())
+    values.validate(full=True)
+    found: list[bytes | None] = values.to_pylist()
     return found
 
 

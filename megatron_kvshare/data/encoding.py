@@ -168,25 +168,25 @@ class Encoder:
                 rule = f"there is no text under {key!r}"
                 skipped.note(BadRecord(Reason.EMPTY, document.file, document.number, rule))
         texts = [document.texts[number] for document in chosen]
-        rows, lengths, size = [], [], 0
-        eod = self.settings.eod
+        rows: list[numpy.ndarray] = []
+        lengths, size = [], 0
+        eod, append = self.settings.eod, self.settings.append_eod
+        end = numpy.array([eod] if append and eod is not None else [], dtype=numpy.int32)
         for document, text, ids in zip(
             chosen, texts, self.tokenizer.encode_batch(texts), strict=True
         ):
-            if not ids:
+            if not ids.size:
                 rule = "the tokenizer finds no token in it"
                 skipped.note(BadRecord(Reason.EMPTY, document.file, document.number, rule))
                 continue
-            if eod is not None and eod in ids:
-                ends.add(InnerEnds(ids.count(eod), 1, document.where))
-            if eod is not None and self.settings.append_eod:
-                ids.append(eod)
-            rows.append(numpy.array(ids, dtype=self.settings.dtype))
-            lengths.append(len(ids))
+            if eod is not None and (inner := int(numpy.count_nonzero(ids == eod))):
+                ends.add(InnerEnds(inner, 1, document.where))
+            rows += [ids, end]
+            lengths.append(ids.size + end.size)
             size += len(text) if text.isascii() else len(text.encode("utf-8"))
-        empty = numpy.empty(0, dtype=self.settings.dtype)
+        row = numpy.concatenate(rows) if rows else numpy.empty(0)
         return EncodedKey(
-            numpy.concatenate(rows) if rows else empty,
+            row.astype(self.settings.dtype),
             numpy.array(lengths, dtype=numpy.int32),
             size,
         )

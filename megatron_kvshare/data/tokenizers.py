@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy
+
 from megatron_kvshare.data.byte_tokenizers import (
     BYTE_VOCABULARY,
     ByteTokenizer,
@@ -41,8 +43,8 @@ class Tokenizer(Protocol):
         """Token ids of a text, without added begin or end tokens."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """:meth:`encode` of many texts, in one thread and less time."""
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
+        """:meth:`encode` of many texts (int32), in one thread and less time."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -137,9 +139,9 @@ class NullTokenizer:
                 raise _fault("NullTokenizer", token, rule, "raise --vocab-size")
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
         """Read the numbers of many texts."""
-        return [self.encode(text) for text in texts]
+        return [numpy.array(self.encode(text), dtype=numpy.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Write the numbers."""
@@ -188,9 +190,9 @@ class SentencePieceTokenizer:
         """Token ids of a text."""
         return list(self._processor.encode(text))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
         """Token ids of many texts."""
-        return list(self._processor.encode(list(texts), num_threads=1))
+        return list(self._processor.encode_as_numpy(list(texts), num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
@@ -314,10 +316,10 @@ class HuggingFaceTokenizer:
         """Token ids of a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
         """Token ids of many texts, without the offsets that :meth:`encode` computes as well."""
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [list(encoding.ids) for encoding in found]
+        return [numpy.array(encoding.ids, dtype=numpy.int32) for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -24,6 +25,7 @@ from megatron_kvshare.data import columns, cutting
 from megatron_kvshare.data.documents import BadRecord, Position, Reason, Record, records
 from megatron_kvshare.data.inputs import InputOptions, Inputs, open_inputs
 from megatron_kvshare.errors import DataError
+from tests.mutations import mutations
 
 from .conftest import UNICODE, WORDS
 from .test_archives import zstd
@@ -339,3 +341,37 @@ def test_a_decompression_bomb_ends_in_a_message(tmp_path: Path, end: str) -> Non
     found = read(tmp_path / f"a.jsonl{end}", max_document_bytes=1_000_000)
     assert texts(found) == ["a"]
     assert any(isinstance(r, BadRecord) and "bomb" in r.rule for r in found)
+
+
+def check_mutations(folder: Path, count: int, seed: int) -> None:
+    """Whatever the damage: documents, bad records or a message."""
+    for name, made in FORMS.items():
+        for _, content in mutations(made(TEXTS), count, seed):
+            (folder / name).write_bytes(content)
+            with contextlib.suppress(DataError):
+                assert len(read(folder / name)) < 10_000
+
+
+def test_damaged_files_end_in_records_or_a_message(tmp_path: Path) -> None:
+    check_mutations(tmp_path, 15, seed=7)
+
+
+@pytest.mark.nightly
+def test_much_damaged_files_end_in_records_or_a_message(tmp_path: Path) -> None:
+    check_mutations(tmp_path, 300, seed=8)
+
+
+def test_a_table_is_no_longer_than_its_buffers(tmp_path: Path) -> None:
+    """Arrow believes a damaged batch that claims a billion rows, and reads behind its end."""
+    content = as_arrow(["one", "two", "three"], ipc.new_stream)
+    length = (2).to_bytes(8, "little")
+    assert content.count(length) >= 1
+    found = []
+    for place in range(len(content) - 8):
+        if content[place : place + 8] == length:
+            path = tmp_path / "a.arrow"
+            path.write_bytes(
+                content[:place] + (1 << 30).to_bytes(8, "little") + content[place + 8 :]
+            )
+            found += [r for r in read(path) if isinstance(r, BadRecord)]
+    assert any("offsets" in bad.rule or "length" in bad.rule for bad in found)
