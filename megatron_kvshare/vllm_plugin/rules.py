@@ -119,7 +119,7 @@ def _model_faults(
 
 
 def _rope_faults(rope: Mapping[str, Any], engine: Engine) -> Iterator[Fault]:
-    where, fix = "config.json: rope_parameters", "`kvshare serve` serves this model"
+    where, fix = "config.json: rope_parameters", "transformers generates with this model"
     kind = rope["rope_type"]
     if kind not in _ROPE:
         usual = f"vLLM's are known to equal transformers' for {', '.join(_ROPE)} only"
