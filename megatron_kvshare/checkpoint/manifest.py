@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.config.flags.settings import flag_of
-from megatron_kvshare.config.rope import ROPE_SETTINGS
 from megatron_kvshare.errors import CheckpointError, Fault, KVShareError
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_kvshare.config.rope import ROPE_SETTINGS
 from megatron_kvshare.errors import Fault
+from megatron_kvshare.rope import ROPE_SETTINGS
 
 MODEL_TYPE, LLAMA, MISTRAL, LCKV = "kvshare", "llama", "mistral", "lckv-llama"
 

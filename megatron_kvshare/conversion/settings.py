@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megatron_kvshare.config import ModelConfig
-from megatron_kvshare.config.rope import ROPE_SETTINGS
 from megatron_kvshare.conversion.config_keys import (
     LCKV,
     LLAMA,
@@ -18,6 +17,7 @@ from megatron_kvshare.conversion.config_keys import (
     value_faults,
 )
 from megatron_kvshare.errors import CheckpointError, Fault, MapError
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import Recipe, Solver, Start

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_kvshare.config import ModelConfig, SharingConfig
 from megatron_kvshare.config.derive import model_shape, recipe, sharing_map
-from megatron_kvshare.config.rope import rope_identity
 from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.costs.weights import Held, Weight, stage_weights, weights
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
 
@@ -81,7 +81,7 @@ class ModelSpec:
             "tokenizer": self.tokenizer,
             "norm_epsilon": model.norm_epsilon,
             "rotary_base": model.rotary_base,
-            **rope_identity(model),
+            **_rope_identity(model),
         }
 
     @cached_property
@@ -102,3 +102,16 @@ class ModelSpec:
     def weights_on(self, stage: Held) -> tuple[Weight, ...]:
         """The tensors that a pipeline stage holds."""
         return stage_weights(self.shape, self.map, stage)
+
+
+def _rope_identity(model: ModelConfig) -> dict[str, Any]:
+    """What of it weights belong to. Llama 3's has the form that it had before there were others."""
+    kind = model.rope_scaling
+    identity: dict[str, Any] = {"use_rope_scaling": kind == "llama3"}
+    if kind is None:
+        return identity
+    if kind != "llama3":
+        identity["rope_scaling_type"] = kind
+    if kind == "dynamic":  # stretches what is longer than this
+        identity["max_position_embeddings"] = model.max_positions
+    return identity | {name: getattr(model, name) for name in ROPE_SETTINGS[kind]}

@@ -15,8 +15,8 @@ from megatron_kvshare.config.derive import sharing_map
 from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.flags.rule import divisor, multiples, rule
 from megatron_kvshare.config.flags.settings import flag_of
-from megatron_kvshare.config.rope import ROPE_SETTINGS
 from megatron_kvshare.errors import Fault, MapError
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing import patterns
 
 

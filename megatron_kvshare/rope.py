@@ -5,9 +5,6 @@ formulas are in ``model/rotary.py``."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from megatron_kvshare.config.fields.model import ModelConfig
 
 _FACTOR = {"rope_scaling_factor": "factor"}
 _ORIGINAL = {"rope_original_max_positions": "original_max_position_embeddings"}
@@ -32,16 +29,3 @@ ROPE_SETTINGS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """By the name that transformers gives each kind: our setting -> theirs."""
-
-
-def rope_identity(model: ModelConfig) -> dict[str, Any]:
-    """What of it weights belong to. Llama 3's has the form that it had before there were others."""
-    kind = model.rope_scaling
-    identity: dict[str, Any] = {"use_rope_scaling": kind == "llama3"}
-    if kind is None:
-        return identity
-    if kind != "llama3":
-        identity["rope_scaling_type"] = kind
-    if kind == "dynamic":  # stretches what is longer than this
-        identity["max_position_embeddings"] = model.max_positions
-    return identity | {name: getattr(model, name) for name in ROPE_SETTINGS[kind]}
