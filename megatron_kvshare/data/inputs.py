@@ -37,7 +37,6 @@ from megatron_kvshare.data.documents import (
     records,
 )
 from megatron_kvshare.data.hub import (
-    HubName,
     hub_name,
     is_saved,
     open_hub,
@@ -188,6 +187,7 @@ class _Finder:
         self._seen: set[str] = set()
         self._twice: list[str] = []
         self._empty: list[str] = []
+        self._has_hub = False
         self._misnamed: dict[tuple[Form, Form], list[str]] = {}
 
     def add(self, word: str) -> None:
@@ -255,7 +255,8 @@ class _Finder:
         except DataError as error:
             self.faults += error.faults
         else:
-            kind = f"data set of the hub, revision {name.revision}"
+            self._has_hub = True
+            kind = f"data set of the hub {name.name} at {name.revision}"
             rows = _DatasetRows(lambda: open_hub(name))
             self.files.append(_Table(word, None, kind, tuple(name), rows, self.options))
 
@@ -320,6 +321,10 @@ class _Finder:
             f"{_some(names)}: by name {named}, by content {form}; the content counts"
             for (named, form), names in self._misnamed.items()
         ]
+        if (self.options.revision or self.options.dataset_config) and not self._has_hub:
+            found.append(
+                "--revision and --dataset-config are for data sets of the hub: no input is"
+            )
         if self._twice:
             found.append(f"{_some(self._twice)}: given twice, and read twice")
         if self._empty:
@@ -490,6 +495,3 @@ def _unreadable(name: str, number: int, line: int, error: Exception) -> Piece:
     rule = f"cannot be read, or not further than here ({reason})"
     bad = BadRecord(Reason.DAMAGED, name, line if line > 1 else 0, rule)
     return Piece(name, "file", line, bad, Position(number + 1))
-
-
-__all__ = ["MAX_DOCUMENT_BYTES", "HubName", "InputOptions", "Inputs", "open_inputs"]

@@ -199,7 +199,9 @@ class _Run:
         self.job, self.inputs, self.tokenizer = job, inputs, tokenizer
         self.report, self.say = report, say
         self.dtype = token_dtype(tokenizer.vocab_size)
-        for path in (Path(prefix) for prefix in job.prefixes):  # of runs of version 0.1.0
+        for path in (
+            Path(prefix) for prefix in job.prefixes
+        ):  # of runs before there was such a folder
             remove_leftovers(path.parent, re.escape(path.name) + r"\.(bin|idx|meta\.json)")
         self.work = Unfinished(job.output_prefix, job.file_names, self._name(), self.dtype.itemsize)
         self.resumed_bytes = 0
@@ -272,6 +274,8 @@ class _Run:
             if now - committed > _COMMIT_SECONDS:
                 self.work.commit()
                 committed = time.monotonic()
+        if self.report is not None:
+            self.report(self._counts())
 
     def _complete(self) -> None:
         """Write what belongs to the tokens."""

@@ -45,7 +45,7 @@ def start(planned: RunPlan, spec: ModelSpec, data: DataPlan, device: str) -> str
             *_model_lines(planned, spec),
             *_layout_lines(planned, spec, device),
             "Data",
-            *_indented(data.lines()),
+            *_indented([*data.lines(), *data.notes()]),
         ]
     )
 

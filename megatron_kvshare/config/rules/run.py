@@ -231,7 +231,7 @@ def tokenizer_is_given(config: PretrainConfig) -> Iterator[Fault]:
         yield from _tokenizer_files(data, data.tokenizer_model)
     elif data.tokenizer_type in ("HuggingFaceTokenizer", "TikTokenizer"):
         rule_text = f"--tokenizer-type {data.tokenizer_type} needs it"
-        yield Fault("--tokenizer-model", None, rule_text, "add --tokenizer-model PATH")
+        yield Fault("--tokenizer-model", None, rule_text, "add --tokenizer-model FILE_OR_FOLDER")
     elif data.mock_data and config.model.vocab_size is None:
         fix = "add --vocab-size N (for example 32000)"
         yield Fault("--vocab-size", None, "made-up tokens need a vocabulary size", fix)

@@ -247,7 +247,7 @@ def test_stock_files_work_and_are_named_in_a_note(
     tmp_path: Path, tokenizer_model: str, write_tokens: WriteTokens
 ) -> None:
     stock = write_tokens([[1] * 30] * 10)
-    lines = plan(data_path=(stock,), split="1,1").lines()
+    lines = plan(data_path=(stock,), split="1,1").notes()
     assert any("without a note of their tokenizer" in line and stock in line for line in lines)
     text = tmp_path / "a.txt"
     text.write_text((WORDS + "\n") * 50)
@@ -261,7 +261,7 @@ def test_stock_files_work_and_are_named_in_a_note(
     ours = {"data_path": tuple(job.prefixes), "split": "1,1"}
     settings = DataConfig(tokenizer_type="ByteLevelTokenizer", **ours)
     noted = plan(resolve_vocabulary(settings, None), **ours)
-    assert not any("without a note" in line for line in noted.lines())
+    assert not list(noted.notes())
     other = resolve_vocabulary(DataConfig(tokenizer_model=tokenizer_model, **ours), None)
     with pytest.raises(DataError, match="another tokenizer"):
         plan(other, **ours)

@@ -223,7 +223,7 @@ def test_keys_that_are_no_file_names(tmp_path: Path, tokenizer_model: str) -> No
 
 
 def test_mutated_input_is_accounted_for(tmp_path: Path, tokenizer_model: str) -> None:
-    check_mutations(tmp_path, tokenizer_model, 40, seed=5)
+    check_mutations(tmp_path, tokenizer_model, 20, seed=5)
 
 
 @pytest.mark.nightly

@@ -21,7 +21,8 @@ from megatron_kvshare.data import cutting, encoding
 from megatron_kvshare.data import preprocess as module
 from megatron_kvshare.data.preprocess import PreprocessJob, preprocess
 from megatron_kvshare.data.unfinished import Unfinished
-from megatron_kvshare.errors import DataError
+from megatron_kvshare.errors import DataError, OwnershipError
+from megatron_kvshare.ownership.owner import file_place, take
 
 from .conftest import WORDS
 
@@ -219,3 +220,23 @@ def test_a_stop_at_a_bad_record_can_be_gone_on_from_with_skip(
     assert (counts.documents, counts.skipped_records.counts) == (41, {"not text": 1})
     shown = [json.loads(line) for line in (tmp_path / "o.skipped.jsonl").read_text().splitlines()]
     assert [(found["file"], found["line"]) for found in shown] == [(str(path), 41)]
+
+
+def test_the_second_of_two_runs_is_refused(tmp_path: Path, tokenizer_model: str) -> None:
+    """Also where it has other keys: the unfinished work is one of both."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good words", "title": "more"}\n')
+    job = PreprocessJob(
+        inputs=(str(path),),
+        output_prefix=str(tmp_path / "o"),
+        tokenizer_type="SentencePieceTokenizer",
+        tokenizer_model=tokenizer_model,
+        json_keys=("title",),
+    )
+    first = take(file_place("--output-prefix", str(tmp_path / "o")), heartbeat=0.05)
+    try:
+        with pytest.raises(OwnershipError, match="it lives"):
+            preprocess(job)
+    finally:
+        first.release()
+    assert preprocess(job).documents == 1
