@@ -49,7 +49,7 @@ REQUIRED = (
     Package("torch", "2.7", "", "tensors, autograd, NCCL and gloo"),
     Package("megatron-core", "0.16.1", "0.20", "parallel layers, optimizer, datasets, checkpoints"),
     Package("sentencepiece", "0.2.3", "", "the default tokenizer"),
-    Package("datasets", "", "", "Parquet, Arrow and data sets for kvshare preprocess, evaluation sets"),
+    Package("datasets", "", "", "Parquet, Arrow and data sets of text"),
     Package("pydantic", "2.7", "", "checked configuration"),
     Package("PyYAML", "", "", "--config FILE.yaml"),
     Package("rich", "", "", "the drawings of kvshare plan"),

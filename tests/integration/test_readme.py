@@ -20,6 +20,7 @@ DOCUMENTS = [
     for name in (
         *("README.md", "slurm/README.md", "CONTRIBUTING.md", "docs/gpu.md"),
         *("docs/deepspeed.md", "examples/deepspeed/README.md"),
+        *("docs/serving.md", "docs/vllm.md", "docs/data.md", "docs/blends.md"),
     )
 ]
 BLOCK = re.compile(r"(<!-- test: skip, [^>]+ -->\n)?```bash\n(.*?)```", re.S)
@@ -42,7 +43,8 @@ def test_the_readme_has_blocks_to_run():
 
 
 def test_readme_commands_run_in_order(workspace: Workspace):
-    for block in blocks(ROOT / "README.md"):
+    """Then those of the page on serving, which go on with its model."""
+    for block in (*blocks(ROOT / "README.md"), *blocks(ROOT / "docs/serving.md")):
         if not block.skipped:
             done = workspace.bash(block.code)
             assert done.returncode == 0, f"{block.code}\n{done.stdout}\n{done.stderr}"
