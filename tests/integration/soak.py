@@ -17,7 +17,7 @@ import httpx2
 
 from tests.integration.serving_process import Served
 
-CLIENTS = 24
+CLIENTS = 48
 KINDS = {"whole": 45, "stream": 20, "left": 10, "left whole": 8, "wrong": 13, "unread": 4}
 """Shares of what clients do, in per cent."""
 WRONG: tuple[dict[str, Any], ...] = (
