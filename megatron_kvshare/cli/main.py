@@ -45,6 +45,7 @@ COMMANDS = {
         "convert", "to-hf and from-hf: checkpoints to and from Hugging Face folders"
     ),
     "evaluate": Subcommand("evaluate", "perplexity, the gap to exact evaluation, lm-eval tasks"),
+    "generate": Subcommand("generate", "continue texts with a model; any map, any checkpoint"),
     "serve": Subcommand("serve", "OpenAI's HTTP interface to a model, with batching"),
     "verify": Subcommand(
         "verify", "whether a checkpoint and a Hugging Face folder are the same model"

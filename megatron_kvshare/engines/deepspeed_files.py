@@ -53,6 +53,8 @@ class DataFiles(CheckpointEngine):
             with torch.serialization.safe_globals(_ALLOWED):
                 return torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # a damaged pickle raises nearly anything
+            if shortage(error):
+                raise
             raise damaged_file(Path(path), error) from error
 
     def commit(self, info: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,3 +195,29 @@ def test_megatron_core_is_imported_in_one_package_only(path):
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.read_text().strip()], ids=shown)
 def test_every_module_says_what_it_is_for(path):
     assert ast.get_docstring(parsed(path)), f"{shown(path)} has no docstring"
+
+
+def files_of(module: str) -> Iterator[Path]:
+    """What importing a module of the package runs; nothing for a name that is no module."""
+    parts = module.split(".")[1:]
+    places = [PACKAGE.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
+    for place in places:
+        yield from (f for f in (place / "__init__.py", place.with_suffix(".py")) if f.is_file())
+
+
+def test_the_plugin_of_vllm_needs_torch_and_vllm_alone():
+    """Its environment has no megatron-core; vLLM brings transformers and packaging."""
+    there = {*sys.stdlib_module_names, NAME, "torch", "vllm", "transformers", "packaging"}
+    waiting, seen = list((PACKAGE / "vllm_plugin").glob("*.py")), set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for line, module in imported_modules(path):
+            assert module.split(".")[0] in there, f"{shown(path)}:{line} imports {module}"
+            if module.split(".")[0] == NAME:
+                waiting += files_of(module)
+    assert {"sharing/map.py", "errors.py", "conversion/config_keys.py"} <= {
+        str(path.relative_to(PACKAGE)) for path in seen
+    }

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
+
 import pytest
 import torch
 
@@ -16,7 +20,6 @@ from tests.serving import prompts_of
 
 TOP = build_map(8, "sandwich-top", 3)
 NEW = 10
-NUMBERS = ["--tokenizer-model"]
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +69,71 @@ def test_what_cannot_be_is_said(folders) -> None:
     with pytest.raises(ConfigError, match="token ids of this model"):
         model.generate([[1], [2, 400]], max_tokens=3)
     assert model.generate([[1]], max_tokens=2, ignore_eos=True)[0].finished == "length"
+
+
+@pytest.fixture(scope="module")
+def with_text(tmp_path_factory, single) -> str:
+    """A model whose texts are numbers: its tokenizer is megatron-core's NullTokenizer."""
+    root = tmp_path_factory.mktemp("text")
+    write_folder(root / "hf", TOP, RECIPES["one-sweep"])
+    assert main(["convert", "from-hf", "--hf", str(root / "hf"), "--save", str(root / "m")]) == 0
+    return str(root / "m")
+
+
+GREEDY = ["--temperature", "0", "--max-tokens", "4", "--ignore-eos"]
+
+
+def test_one_prompt_streams(with_text: str, capfd) -> None:
+    (wanted,) = load_model(with_text).generate(
+        [[3, 1, 4]], temperature=0, max_tokens=4, ignore_eos=True
+    )
+    assert main(["generate", "--load", with_text, "--prompt", "3 1 4", *GREEDY]) == 0
+    out, err = capfd.readouterr()
+    assert out.strip() == " ".join(map(str, [3, 1, 4, *wanted.tokens]))
+    assert "4 tokens in" in err
+
+
+def test_a_file_of_prompts_becomes_json_lines(with_text: str, tmp_path, capfd) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 2"}\n\n{"prompt": "5"}\n')
+    output = tmp_path / "answers.jsonl"
+    words = ["--prompt-file", str(prompts), "--output", str(output)]
+    assert main(["generate", "--load", with_text, *words, *GREEDY]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == ["1 2", "5"]
+    answers = load_model(with_text).generate(
+        [[1, 2], [5]], temperature=0, max_tokens=4, ignore_eos=True
+    )
+    assert [record["tokens"] for record in records] == [answer.tokens for answer in answers]
+    assert {record["finish_reason"] for record in records} == {"length"}
+
+
+def test_what_is_typed_is_answered_line_by_line(with_text: str, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1 2\n\n7\n"))
+    assert main(["generate", "--load", with_text, "--interactive", *GREEDY]) == 0
+    assert len(capfd.readouterr().out.split("\n")) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "prompts come from one place"),
+        (["--prompt", "1", "--interactive"], "prompts come from one place"),
+        (["--prompt", "1", "--temperature", "-1", "--top-p", "0"], "2 faults"),
+        (["--prompt-file", "nowhere.txt"], "No such file"),
+        (["--prompt", "1", "--cache-tokens", "1", "--page-size", "8", "--max-tokens", "99"], ""),
+    ],
+)
+def test_what_is_wrong_is_said(words: list[str], said: str, with_text: str, capfd) -> None:
+    code = main(["generate", "--load", with_text, *words])
+    err = capfd.readouterr().err
+    assert code == (2 if said else 0), err
+    assert said in err and "Traceback" not in err
+
+
+def test_lines_without_a_prompt_are_named(with_text: str, tmp_path, capfd) -> None:
+    for content in ('{"text": "1"}', "[1]", "{", '{"prompt": 3}', "", "[" * 100_000):
+        path = tmp_path / "prompts.jsonl"
+        path.write_text(content + "\n")
+        assert main(["generate", "--load", with_text, "--prompt-file", str(path)]) == 2
+        assert "Traceback" not in capfd.readouterr().err
