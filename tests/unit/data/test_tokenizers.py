@@ -189,7 +189,7 @@ def test_wrong_files_are_refused(
 def test_tokens_that_only_the_model_has_are_no_text(
     tokenizer_model: str, tokenizer_json: Path
 ) -> None:
-    """A model's vocabulary can be larger than its tokenizer's, and it may draw any of its tokens."""
+    """A model's vocabulary can be larger than its tokenizer's, and any of it can be drawn."""
     for kind, place in (
         ("SentencePieceTokenizer", tokenizer_model),
         ("HuggingFaceTokenizer", str(tokenizer_json)),
@@ -222,7 +222,7 @@ class TestChats:
         assert tokenizer.has_chat_template
         text = tokenizer.chat_text([{"role": "user", "content": "keys?"}])
         assert text == "user: keys?<end>assistant: "
-        with pytest.raises(DataError, match="refuses them .no judges"):
+        with pytest.raises(DataError, match="no judges"):
             tokenizer.chat_text([{"role": "judge", "content": "keys?"}])
 
     def test_where_there_is_none(self, tokenizer_json: Path, tmp_path: Path) -> None:

@@ -209,6 +209,7 @@ def test_models_and_health(client):
     assert model == client.get(f"/v1/models/{MODEL}").json()
     assert (model["id"], model["max_model_len"]) == (MODEL, 512)
     assert client.get("/health").json() == {"status": "ok"}
+    assert "/v1/completions" in client.get("/openapi.json").json()["paths"]
 
 
 def test_metrics_count_what_has_happened(client):
