@@ -144,6 +144,8 @@ class TestStreams:
             parts = [c for x in chunks for c in x["choices"] if c["index"] == choice["index"]]
             assert "".join(part["text"] for part in parts) == choice["text"]
             assert [*chain(*(part["token_ids"] for part in parts))] == choice["token_ids"]
+            prompts = [part.get("prompt_token_ids") for part in parts]
+            assert prompts == [choice["prompt_token_ids"]] + [None] * (len(parts) - 1)
             for name, wanted in choice["logprobs"].items():
                 assert [*chain(*(part["logprobs"][name] for part in parts))] == wanted
             reasons = [part["finish_reason"] for part in parts]
