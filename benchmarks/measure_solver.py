@@ -24,7 +24,7 @@ from megatron_kvshare.model.parameters import initialize
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import Recipe, Solver, exact_plan, solver_plan
 from megatron_kvshare.spec.run_plan import RunPlan
-from megatron_kvshare.train.evaluation import validation_sums
+from megatron_kvshare.train.evaluation import evaluation_sums
 from megatron_kvshare.train.run import Run
 from megatron_kvshare.train.setup import prepare
 
@@ -54,14 +54,14 @@ def main() -> None:
 def measure(run: Run, metrics: Path) -> dict[str, Any]:
     batches, length = run.config.train.eval_iters, run.config.model.seq_length
     found = {
-        "iterated_loss": validation_sums(run, run.plan, batches).mean_loss,
+        "iterated_loss": evaluation_sums(run, run.plan, batches).mean_loss,
         "train_flops": train_flops_per_token(run.spec.shape, run.plan) * run.progress.tokens,
         **_training(metrics),
     }
     found["exact_loss"] = found["iterated_loss"]
     if run.plan.map.is_cyclic:
         exact = exact_plan(run.plan.map, length, 1e-6)
-        found["exact_loss"] = validation_sums(run, exact, batches).mean_loss
+        found["exact_loss"] = evaluation_sums(run, exact, batches).mean_loss
         found["prefill"] = prefills(run, exact)
     return found
 
@@ -79,7 +79,7 @@ def _training(metrics: Path) -> dict[str, Any]:
 def prefills(run: Run, exact: ExecutionPlan) -> list[dict[str, Any]]:
     """Loss and logits of several plans beside exact ones, their time over a standard stack's."""
     tokens = next(run.data.valid_batches()).tokens[:1]
-    true_loss = validation_sums(run, exact, PREFILL_BATCHES).mean_loss
+    true_loss = evaluation_sums(run, exact, PREFILL_BATCHES).mean_loss
     true_logits = run.engine.stages[0](tokens, plan=exact).value[..., : run.spec.vocab_size]
     standard = standard_model(run)
     rows = []
@@ -92,7 +92,7 @@ def prefills(run: Run, exact: ExecutionPlan) -> list[dict[str, Any]]:
                 "stride": stride,
                 "sweeps": sweeps,
                 "work": prefill_work(plan),
-                "loss_difference": validation_sums(run, plan, PREFILL_BATCHES).mean_loss
+                "loss_difference": evaluation_sums(run, plan, PREFILL_BATCHES).mean_loss
                 - true_loss,
                 "logit_difference": float((logits - true_logits).abs().mean()),
                 "time_over_standard": _time_ratio(run, plan, standard, tokens),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any, Literal, NamedTuple
 from megatron_kvshare.config import CheckpointConfig
 from megatron_kvshare.config.flags.settings import flag_of
 from megatron_kvshare.errors import CheckpointError, Fault, KVShareError
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import Recipe, recipe_name
 
 MANIFEST = "kvshare.json"
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 Layout = Literal["native", "deepspeed"]
 
 # What reading a text that is no manifest, or one of an old version that is damaged, ends with.
@@ -29,10 +31,9 @@ _CHANGED_BY_FINETUNE = {
     "norm_epsilon",
     "rotary_base",
     "use_rope_scaling",
-    "rope_scaling_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_max_positions",
+    "rope_scaling_type",
+    "max_position_embeddings",
+    *itertools.chain(*ROPE_SETTINGS.values()),
 }
 
 
@@ -70,12 +71,17 @@ class Health:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; ``tokens`` counts all tokens of all batches, masked ones too."""
+    """How far a run has come; ``tokens`` counts all tokens of all batches, masked ones too.
+
+    ``tokens_by_source``: the same by the prefix of the data; empty for made-up ones, and before
+    version 9.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     skipped_steps: int = 0
+    tokens_by_source: dict[str, int] = field(default_factory=dict)
     health: Health = field(default_factory=Health)
 
 
@@ -195,7 +201,7 @@ def _checked(values: Any) -> dict[str, Any]:
 
 def _progress(values: dict[str, Any]) -> Progress:
     """Before version 7 what is now ``health`` lay beside the counters."""
-    counting = ("step", "samples", "tokens", "skipped_steps")
+    counting = ("step", "samples", "tokens", "skipped_steps", "tokens_by_source")
     counters = {name: values[name] for name in counting if name in values}
     rest = {name: each for name, each in values.items() if name not in counters}
     return Progress(**counters, health=Health.from_dict(rest.get("health", rest)))
@@ -232,7 +238,9 @@ def data_changes(stored: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """What a run reads otherwise than the checkpoint did, a line for each difference.
 
     Parts of the data that only one of them reads are not compared: evaluation may be turned on.
+    Before version 9 there were no stages.
     """
+    stored = {"stages": [], **stored} if stored else {}
     return [
         f"{name} was {_data_text(stored[name])}, now {_data_text(run[name])}"
         for name in stored
@@ -243,23 +251,50 @@ def data_changes(stored: dict[str, Any], run: dict[str, Any]) -> list[str]:
 def _same_contents(stored: Any, run: Any) -> bool:
     """By what the checkpoint knows of each source: older ones know nothing of the index beyond the
     lengths of the documents. Paths are left out, for data may be moved."""
-    if not isinstance(stored, list):
-        return bool(stored == run)
-    return len(stored) == len(run) and all(
-        row[name] == now.get(name)
-        for row, now in zip(stored, run, strict=True)
-        for name in row
-        if name != "source"
-    )
+    if isinstance(stored, list) and isinstance(run, list):
+        return len(stored) == len(run) and all(map(_same_contents, stored, run))
+    if isinstance(stored, dict) and isinstance(run, dict):
+        names = stored.keys() - {"source"}
+        return all(_same_contents(stored[name], run.get(name)) for name in names)
+    return bool(stored == run)
+
+
+def tokens_after_move(
+    tokens: dict[str, int], stored: dict[str, Any], run: dict[str, Any]
+) -> dict[str, int]:
+    """``tokens`` by the prefixes that a run reads today, where the data ``stored`` has been
+    moved."""
+    names = {
+        before["source"]: now["source"]
+        for before, now in zip(_training_rows(stored), _training_rows(run), strict=False)
+        if _same_contents(before, now)
+    }
+    found: dict[str, int] = {}
+    for source, count in tokens.items():
+        name = names.get(source, source)
+        found[name] = found.get(name, 0) + count
+    return found
+
+
+def _training_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
+    stages = [stage["train"] for stage in data.get("stages", ())]
+    return [row for rows in (data.get("train", []), *stages) for row in rows]
 
 
 def _data_text(value: Any) -> str:
     if not isinstance(value, list):
         return str(value)
-    return " + ".join(
+    if any("first_sample" in each for each in value):
+        return " and ".join(
+            f"from sample {each['first_sample']:,} on {_data_text(each['train'])}" for each in value
+        )
+    return " + ".join(map(_row_text, value)) or "none"
+
+
+def _row_text(row: dict[str, Any]) -> str:
+    return (
         f"{row['weight']:.4g} x {row['source']} (documents {row['documents'][0]} to"
         f" {row['documents'][1]}, fingerprint {row['fingerprint'][:12]}{_index_text(row)})"
-        for row in value
     )
 
 

@@ -33,11 +33,12 @@ COMMANDS = {
         "doctor", "what is installed, what is missing, and the next step for each"
     ),
     "train-tokenizer": Subcommand(
-        "train_tokenizer", "train a SentencePiece tokenizer on your text"
+        "train_tokenizer", "train a SentencePiece or Hugging Face tokenizer on your text"
     ),
     "preprocess": Subcommand(
         "preprocess", "turn jsonl or plain text into Megatron .bin/.idx files"
     ),
+    "data": Subcommand("data", "merge, split, shuffle, inspect and index token files"),
     "pretrain": Subcommand(
         "pretrain", "train a model; the same command on a laptop and on a cluster"
     ),

@@ -67,6 +67,8 @@ def _plan(planned: RunPlan) -> None:
     data = plan_data(config.data, data_request(planned, vocabulary))
     spec = planned.spec(vocabulary.size, vocabulary.fingerprint)
     if speaks():
+        for warning in data.warnings(config.data.max_epochs):
+            complain(f"warning: {warning}")
         print(report.start(planned, spec, data, device="planned"))
         print("Dry run: nothing was trained.")
 

@@ -20,14 +20,18 @@ class ProgressLine:
         """Seconds since the start."""
         return max(time.monotonic() - self.started, 1e-9)
 
-    def show(self, share: float, text: str) -> None:
-        """``share`` of the work is done; ``text`` says it in its own units."""
-        is_end = share >= 1
+    def show(self, share: float | None, text: str, begun: float = 0.0) -> None:
+        """``share`` of the work is done (None: nobody knows how much there is), ``begun`` of it
+        before the start; ``text`` says it in its own units."""
+        is_end = share is not None and share >= 1
         if self.elapsed + self.started - self.last < self.pause and not (is_end and self.in_place):
             return
         self.last = self.elapsed + self.started
-        share = min(1.0, share)
-        left = self.elapsed / share - self.elapsed if share else 0.0
-        line = f"{share:4.0%}  {text}  ETA {left:.0f} s"
+        line = text if share is None else self._with_share(min(1.0, share), text, begun)
         end = ("\n" if is_end else "") if self.in_place else "\n"
         print(f"\r{line:<79}" if self.in_place else line, end=end, file=sys.stderr, flush=True)
+
+    def _with_share(self, share: float, text: str, begun: float) -> str:
+        done = share - begun
+        left = f"{self.elapsed * (1 - share) / done:.0f} s" if done > 0 else "not known yet"
+        return f"{share:4.0%}  {text}  ETA {left}"

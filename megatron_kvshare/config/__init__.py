@@ -2,10 +2,10 @@
 
 ``flags/`` reads command lines and files and knows no setting; ``fields/`` are the settings;
 ``blend.py`` reads data paths with weights, ``launch.py`` what torchrun announces. None of these
-four imports another. ``derive.py`` is what settings come to, ``rules/`` what they must fulfil,
-``deepspeed/`` what DeepSpeed is told, and ``pretrain.py`` puts the command line of ``kvshare
-pretrain`` together: each of these imports those before it, ``rules/`` and ``deepspeed/`` not one
-another.
+four imports another. ``data_files.py`` reads the files that data flags name and ``derive.py`` is
+what settings come to, ``rules/`` what they must fulfil, ``deepspeed/`` what DeepSpeed is told, and
+``pretrain.py`` puts the command line of ``kvshare pretrain`` together: each of these imports those
+before it, neighbours (the first two, ``rules/`` and ``deepspeed/``) not one another.
 """
 
 from __future__ import annotations

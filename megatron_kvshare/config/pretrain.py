@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from megatron_kvshare.config.data_files import with_paths_of_files
 from megatron_kvshare.config.deepspeed import DEEPSPEED_RULES, ENGINE_RULES, agree, all_given
 from megatron_kvshare.config.derive import batch_layout
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
@@ -19,7 +21,12 @@ from megatron_kvshare.config.rules.model import (
     SHARING_RULES,
 )
 from megatron_kvshare.config.rules.pipeline import PIPELINE_RULES, microbatch_faults
-from megatron_kvshare.config.rules.run import RUN_RULES, batch_fits, world_size_faults
+from megatron_kvshare.config.rules.run import (
+    RUN_RULES,
+    batch_fits,
+    stage_faults,
+    world_size_faults,
+)
 from megatron_kvshare.config.rules.solver import (
     SOLVER_RULES,
     recipe_warnings,
@@ -88,13 +95,15 @@ def parse_pretrain(
     def completed_by_files(
         config: PretrainConfig, given: Mapping[str, str], faulty: frozenset[str]
     ) -> tuple[PretrainConfig, Sequence[Fault]]:
+        data, faults = with_paths_of_files(config.data, given)
+        config = replace(config, data=data)
         if completed is not None:
             config = completed(config)
         if not config.deepspeed.is_engine:
-            return config, ()
+            return config, faults
         known = not any(number_faults(environ)) and not faulty & reads
         agreement = agree(config, given, world_size(config, environ) if known else None)
-        return agreement.config, agreement.faults
+        return agreement.config, [*faults, *agreement.faults]
 
     def launch_fits(config: PretrainConfig) -> Iterable[Fault]:
         whole = starts and not config.dry_run
@@ -134,7 +143,9 @@ def _process_faults(config: PretrainConfig, world_size: int) -> list[Fault]:
     faults = list(world_size_faults(config, world_size))
     if faults:
         return faults
-    return list(microbatch_faults(config, batch_layout(config, world_size).num_microbatches))
+    batch = batch_layout(config, world_size)
+    faults = list(microbatch_faults(config, batch.num_microbatches))
+    return faults + list(stage_faults(config, batch.global_batch_size))
 
 
 def world_size(config: PretrainConfig, environ: Mapping[str, str] = os.environ) -> int:

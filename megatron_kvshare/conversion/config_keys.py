@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_kvshare.errors import Fault
+from megatron_kvshare.rope import ROPE_SETTINGS
 
 MODEL_TYPE, LLAMA, MISTRAL, LCKV = "kvshare", "llama", "mistral", "lckv-llama"
 
@@ -18,7 +19,8 @@ def _keys(text: str) -> frozenset[str]:
 _READ = (
     "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim max_position_embeddings rms_norm_eps initializer_range "
-    "tie_word_embeddings rope_theta rope_scaling rope_parameters quantization_config"
+    "tie_word_embeddings rope_theta rope_scaling rope_parameters "
+    "original_max_position_embeddings quantization_config"
 )
 _READ_OF = {
     MODEL_TYPE: "kv_source_layers kv_windowed_layers kv_window_size kv_prefill iter_start "
@@ -29,9 +31,8 @@ _READ_OF = {
 }
 READ = {kind: _keys(f"{_READ} {keys}") for kind, keys in _READ_OF.items()}
 
-ROPE_READ = _keys(
-    "rope_theta rope_type type factor low_freq_factor high_freq_factor "
-    "original_max_position_embeddings partial_rotary_factor"
+ROPE_READ = _keys("rope_theta rope_type type partial_rotary_factor").union(
+    *(theirs.values() for theirs in ROPE_SETTINGS.values())
 )
 """The same inside ``rope_parameters`` and ``rope_scaling``."""
 

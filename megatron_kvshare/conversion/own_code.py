@@ -21,6 +21,7 @@ _SHIPPED = {
         "0b03d314c0cc9f2aa75803940f37abf3f75c1a2dd30592b397a8db706b4875b5",
         "a27077a60f492cecf702bc6aaac758094e44650ce21a47c13c44cbb005ed551c",
         "2e0d369245e8f4ba03416439387ab154c55659480c08f0443b1c8df9b15b01f7",
+        "aca3af00b874dddc2d479a6bc15187b2c461b3e3e68d2dd86ca8f805eb0cde47",
     ),
     "modeling_kvshare.py": (
         "cc22433714d1f6ee898ae2abe2480d37285b77f39a9202a5d0fa69da34f644e4",
@@ -30,6 +31,9 @@ _SHIPPED = {
         "8b836a5d62a8b803dbbe22ee80923ebf3514e3aab42e5e01b84f18c61e82019d",
         "510b3e5715ade1169199f402ba41494995d33776da1d0cd0c4085ef87cfc9b48",
         "3dbb5d2e377b4b5e9ba80f1d7322412e6f9989f0161c31e76bfb95cf0dc0d197",
+        "6f95b60d7d323705d0ce17879cfbaa279307671c0b1892ec0d9bc9da475ca065",
+        "5da4a81f7c5982fa5feebf08c7fcccebca3d35db518b150363e855865c324b34",
+        "8c3e10227f3e8c50920e9bb5feb6adc442d322304bfe518ddf6b17179bf557e9",
     ),
 }
 """SHA-256 of every version that was ever exported, oldest first. The present files need no entry;

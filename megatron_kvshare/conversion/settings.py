@@ -17,6 +17,7 @@ from megatron_kvshare.conversion.config_keys import (
     value_faults,
 )
 from megatron_kvshare.errors import CheckpointError, Fault, MapError
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import Recipe, Solver, Start
@@ -39,12 +40,10 @@ _NUMBERS = {
     "norm_epsilon": "rms_norm_eps",
     "init_method_std": "initializer_range",
 }
-_LLAMA3 = {
-    "rope_scaling_factor": "factor",
-    "rope_low_freq_factor": "low_freq_factor",
-    "rope_high_freq_factor": "high_freq_factor",
-    "rope_original_max_positions": "original_max_position_embeddings",
-}
+_ORIGINAL = "original_max_position_embeddings"
+_MAY_BE_ZERO = ("mscale", "mscale_all_dim", "attention_factor")
+_NEEDED = ("factor", "low_freq_factor", "high_freq_factor")
+"""Numbers of a rotary embedding that have no usual value."""
 _RECIPE = {
     "forward_sweeps": "iter_forward_passes",
     "backward_sweeps": "iter_backward_passes",
@@ -64,6 +63,9 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_kvshare.KVShareConfig",
     "AutoModel": "modeling_kvshare.KVShareModel",
     "AutoModelForCausalLM": "modeling_kvshare.KVShareForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_kvshare.KVShareForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_kvshare.KVShareForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_kvshare.KVShareForQuestionAnswering",
 }
 
 
@@ -84,8 +86,10 @@ def to_config(spec: ModelSpec, dtype: torch.dtype, tokens: Mapping[str, int]) ->
     config["dtype"] = str(dtype).removeprefix("torch.")
     config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens}
     scaling = None
-    if model.use_rope_scaling:
-        scaling = {"rope_type": "llama3", **{key: values[ours] for ours, key in _LLAMA3.items()}}
+    if model.rope_scaling is not None:
+        given = {key: values[ours] for ours, key in ROPE_SETTINGS[model.rope_scaling].items()}
+        given = {key: value for key, value in given.items() if value is not None}
+        scaling = {"rope_type": model.rope_scaling, **given}
     if is_plain_llama(spec.map):
         config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_LLAMA_ONLY}
         return config | {"rope_theta": model.rotary_base, "rope_scaling": scaling}
@@ -241,22 +245,58 @@ class _Reader:
         rope = {"rope_theta": self.config.get("rope_theta", 10000.0)}
         rope |= next(iter(given.values()), {})
         where = next(iter(given), "rope_theta")
-        numbers = {key: rope[key] for key in ("rope_theta", *_LLAMA3.values()) if key in rope}
-        for key, value in numbers.items():
-            if not _is_number(value) or value <= 0:
-                self.fault(where, f"{key} must be a number above 0, not {value!r}")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
             self.fault(where, "heads are rotated whole here", "it cannot be imported")
-        if kind == "default":
-            return {"rotary_base": numbers["rope_theta"]}
-        missing = [key for key in _LLAMA3.values() if key not in rope]
-        if kind != "llama3" or missing:
-            rule = f"only default and complete llama3 scaling are known (missing: {missing})"
+        if not isinstance(kind, str) or kind not in ("default", *ROPE_SETTINGS):
+            rule = f"rope_type {kind!r} is not one of default, {', '.join(ROPE_SETTINGS)}"
             self.fault(where, rule, "this model cannot be imported")
             return {}
-        scaling = {ours: rope[key] for ours, key in _LLAMA3.items()}
-        return {"rotary_base": numbers["rope_theta"], "use_rope_scaling": True, **scaling}
+        settings = {"rotary_base": self._rope_value(where, "rope_theta", rope["rope_theta"])}
+        if kind == "default":
+            return settings
+        named = {"use_rope_scaling": True} if kind == "llama3" else {"rope_scaling_type": kind}
+        return settings | named | self._stretching(kind, rope, where)
+
+    def _stretching(self, kind: str, rope: dict[str, Any], where: str) -> dict[str, Any]:
+        known = ROPE_SETTINGS[kind]
+        if _ORIGINAL in known.values():
+            self._original_positions(rope, where)
+        missing = [key for key in known.values() if key in _NEEDED and rope.get(key) is None]
+        if missing:
+            rule = f"rope_type {kind!r} is incomplete (missing: {missing})"
+            self.fault(where, rule, "this model cannot be imported")
+        if kind == "yarn" and _is_number(rope["rope_theta"]) and rope["rope_theta"] <= 1:
+            self.fault(where, "rope_theta must be above 1 for yarn")
+        if kind == "dynamic" and self.config.get("head_dim") == 2:
+            self.fault(where, "dynamic stretching needs heads wider than 2")
+        return {
+            ours: self._rope_value(where, key, rope[key])
+            for ours, key in known.items()
+            if rope.get(key) is not None
+        }
+
+    def _original_positions(self, rope: dict[str, Any], where: str) -> None:
+        """Left out it is the declared length; older files have it beside the other parameters."""
+        outside = self.config.get(_ORIGINAL)
+        if None not in (outside, rope.get(_ORIGINAL)) and outside != rope[_ORIGINAL]:
+            self.fault(_ORIGINAL, f"{where} says otherwise: {rope[_ORIGINAL]!r}")
+        if rope.get(_ORIGINAL) is None:
+            rope[_ORIGINAL] = outside or self.config.get("max_position_embeddings")
+
+    def _rope_value(self, where: str, key: str, value: Any) -> Any:
+        if key == "truncate":
+            if not isinstance(value, bool):
+                self.fault(where, f"{key} must be true or false, not {value!r}")
+            return bool(value)
+        least = "from" if key in _MAY_BE_ZERO else "above"
+        if not _is_number(value) or value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
+            self.fault(where, f"{key} must be a number {least} 0, not {value!r}")
+            return 1
+        if key == _ORIGINAL and value != int(value):
+            self.fault(where, f"{key} must be a whole number, not {value!r}")
+            return 1
+        return int(value) if key == _ORIGINAL else value
 
     def _kvshare(self, layers: int) -> dict[str, Any]:
         on = self._layers("kv_windowed_layers")

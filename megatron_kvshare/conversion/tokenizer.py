@@ -15,6 +15,7 @@ from megatron_kvshare.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
 )
+from megatron_kvshare.errors import DataError, Fault
 
 
 class Written(NamedTuple):
@@ -41,7 +42,10 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path) -> Written
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _from_sentencepiece(source, folder)
-    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        rule = "Hugging Face folders take SentencePiece models and tokenizers of Hugging Face only"
+        fix = "give --without-tokenizer, or --tokenizer-model of an equal tokenizer.json"
+        raise DataError(Fault("--tokenizer-model", str(source), rule, fix))
     return _copied(tokenizer, source, folder)
 
 

@@ -1,8 +1,10 @@
-"""Compressed files, to their last byte: ``.xz``, ``.gz`` and ``.bz2`` of one or more streams.
+"""Compressed files, to their last byte: xz, gzip, bzip2 and Zstandard, of one or more streams.
 
 The readers of Python's library end at the first thing behind a stream that is not another one, or
 that is a damaged one, and call it the end of the file. Here every byte belongs to a stream, or to
 padding that the format allows, or is an error that says where it lies.
+
+What a file is, its first bytes say; its name does not count.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 _CHUNK = 1 << 16
+_XZ_MEMORY = 256 << 20
+"""Bytes a decoder may take: `xz -9` asks for 65 MB, a crafted header for gigabytes."""
+_ZSTD_PIECE = 1 << 9
+"""Bytes asked for at once: where one is damaged, the whole piece is lost."""
 
 
 class DamagedArchiveError(Exception):
@@ -62,6 +68,12 @@ class _GzipDecoder:
         return found
 
 
+class Source(Protocol):
+    """What bytes are read from; fewer than asked for may come, none only at the end."""
+
+    def read(self, size: int, /) -> bytes | None: ...
+
+
 class _Format(NamedTuple):
     """``padding``: zero bytes may follow a stream, in multiples of this; 0: none may."""
 
@@ -72,74 +84,118 @@ class _Format(NamedTuple):
 
 
 _FORMATS = {
-    ".xz": _Format("xz", b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), 4),
+    ".xz": _Format(
+        "xz", b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY), 4
+    ),
     ".gz": _Format("gzip", b"\x1f\x8b", _GzipDecoder, 1),
     ".bz2": _Format("bzip2", b"BZh", bz2.BZ2Decompressor, 0),
 }
-SUFFIXES = tuple(_FORMATS)
-"""Names of compressed files end in one of these."""
+_BY_NAME = {form.name: form for form in _FORMATS.values()}
+ZSTD = "Zstandard"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPED = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""Begin of a frame of Zstandard that holds no data; some tools write one in front."""
+SUFFIXES = {suffix: form.name for suffix, form in _FORMATS.items()} | {".zst": ZSTD, ".zstd": ZSTD}
+"""How names of compressed files end, and in which format."""
 
 _OTHERS = {
-    b"\x28\xb5\x2f\xfd": ("Zstandard", "decompress it first (zstd -d)"),
     b"\x04\x22\x4d\x18": ("LZ4", "decompress it first (lz4 -d)"),
     b"\x1f\x9d": ("compress (.Z)", "decompress it first (gzip -d)"),
     b"PK\x03\x04": ("zip", "unpack it first (unzip)"),
     b"PK\x05\x06": ("zip", "unpack it first (unzip)"),
     b"7z\xbc\xaf\x27\x1c": ("7-Zip", "unpack it first"),
     b"Rar!\x1a\x07": ("RAR", "unpack it first"),
-    b"PAR1": ("Parquet", "write its text as .jsonl first"),
-    b"ARROW1": ("Arrow", "write its text as .jsonl first"),
     b"Obj\x01": ("Avro", "write its text as .jsonl first"),
+    b"ORC": ("ORC", "write its text as .jsonl first"),
     b"%PDF-": ("PDF", "extract its text first"),
     b"SQLite format 3\0": ("SQLite", "write its text as .jsonl first"),
     b"\x93NUMPY": ("NumPy", "give text"),
+    b"\x89PNG\r\n": ("PNG", "give text"),
+    b"\xff\xd8\xff": ("JPEG", "give text"),
+    b"\x7fELF": ("program", "give text"),
     b"MMIDIDX\0\0": ("Megatron index", "give text; such files are for --data-path"),
 }
-_LONGEST_MAGIC = 16
+_TAR = (257, b"ustar")
 
 
-class Misnamed(NamedTuple):
-    """A file whose content is not what its name says: the ``rule`` it breaks, and the ``fix``."""
+class Foreign(NamedTuple):
+    """A kind of file that is not read, and what to do with one."""
 
-    rule: str
+    name: str
     fix: str
 
 
-def misnamed(path: Path) -> Misnamed | None:
-    """Whether a file is of another kind than it is named, or of one that is not read.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        head = file.read(_LONGEST_MAGIC)
-    named = _FORMATS.get(path.suffix.lower())
-    if named is not None:
-        if head.startswith(named.magic):
-            return None
-        return Misnamed(f"it is not a {named.name} file", f"name it without {path.suffix}")
-    for suffix, form in _FORMATS.items():
-        if head.startswith(form.magic) and (form.name != "bzip2" or head[4:10] == b"1AY&SY"):
-            return Misnamed(f"it is a {form.name} file", f"name it {path.name}{suffix}")
-    for magic, (name, fix) in _OTHERS.items():
-        if head.startswith(magic):
-            return Misnamed(f"it is a {name} file, which is not read", fix)
+def compression(head: bytes) -> str | None:
+    """The format of a compressed file by its first bytes (at least 10 of them)."""
+    if head.startswith(_ZSTD_MAGIC) or _ZSTD_SKIPPED.match(head):
+        return ZSTD
+    for name, form in _BY_NAME.items():
+        if head.startswith(form.magic) and (name != "bzip2" or head[4:10] in _BZIP2_STARTS):
+            return name
     return None
 
 
-def uncompressed(path: Path, file: BinaryIO) -> BinaryIO:
-    """The content of ``file``, which is opened at ``path``, decompressed by its name.
+_BZIP2_STARTS = (b"1AY&SY", b"\x17rE8P\x90")
+"""What follows the magic and the level in bzip2: a block, or the end of an empty stream."""
 
-    Reading raises :class:`DamagedArchiveError`.
+
+def foreign(head: bytes) -> Foreign | None:
+    """The kind of a file that is not read, by its first bytes (at least 300 of them)."""
+    at, magic = _TAR
+    if head[at : at + len(magic)] == magic:
+        return Foreign("tar", "unpack it first (tar -xf)")
+    for magic, (name, fix) in _OTHERS.items():
+        if head.startswith(magic) and (name != "ORC" or b"\0" in head[:64]):
+            return Foreign(name, fix)
+    return None
+
+
+def decompressed(name: str, file: Source) -> io.RawIOBase:
+    """The content of a compressed file of format ``name``.
+
+    Reading raises :class:`DamagedArchiveError`, after all that could be read before the damage.
     """
-    form = _FORMATS.get(path.suffix.lower())
-    return file if form is None else io.BufferedReader(_Streams(file, form), _CHUNK)
+    return _Zstandard(file) if name == ZSTD else _Streams(file, _BY_NAME[name])
+
+
+class _Zstandard(io.RawIOBase):
+    """Arrow's decoder: it reads frame after frame, misses none, and refuses what is none."""
+
+    def __init__(self, file: Source) -> None:
+        import pyarrow
+
+        self._errors = (OSError, pyarrow.ArrowException)
+        self._inner = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+        self._found = 0
+        self._damage: DamagedArchiveError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        filled = 0
+        while filled < len(view) and self._damage is None:
+            try:
+                data = self._inner.read(min(len(view) - filled, _ZSTD_PIECE))
+            except self._errors as error:
+                where = f"behind {self._found + filled} bytes of its content"
+                self._damage = DamagedArchiveError(f"it is damaged or cut off {where} ({error})")
+                break
+            if not data:
+                break
+            view[filled : filled + len(data)] = data
+            filled += len(data)
+        self._found += filled
+        if self._damage is not None and not filled:
+            raise self._damage
+        return filled
 
 
 class _Streams(io.RawIOBase):
     """All streams of a file, one after another."""
 
-    def __init__(self, file: BinaryIO, form: _Format) -> None:
+    def __init__(self, file: Source, form: _Format) -> None:
         self._file, self._form = file, form
         self._decoder: _Decoder | None = None
         self._rest = b""

@@ -1,11 +1,6 @@
-"""Documents from files: ``.jsonl`` and plain text, either compressed (xz, gzip, bzip2).
+"""Documents out of pieces of input: what is one, and what is wrong with one that is none.
 
-* ``.jsonl`` / ``.json``: one JSON object per line, the text under a key (``text``), as Megatron
-  reads it.
-* any other name is plain text. A file is one document, or every paragraph (text between blank
-  lines) or every line is one.
-
-Reading streams: memory holds one document at a time, whatever the size of the files.
+Every record of the input becomes a :class:`Document` or a :class:`BadRecord`; none disappears.
 """
 
 from __future__ import annotations
@@ -14,176 +9,261 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, BinaryIO, Literal, cast
+from enum import StrEnum
+from typing import Literal, NamedTuple
 
-from megatron_kvshare.data.archives import (
-    SUFFIXES,
-    DamagedArchiveError,
-    misnamed,
-    uncompressed,
-)
 from megatron_kvshare.errors import DataError, Fault
 
 TextDocuments = Literal["file", "paragraph", "line"]
+"""What is one document in plain text; a paragraph ends at a blank line."""
+
+Unit = Literal["json", "line", "paragraph", "file", "row"]
+"""What the records of a piece are."""
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_BLANK = b" \t\r\v\f\xef\xbb\xbf"
+"""Bytes of a line without content: spaces, and a byte order mark in UTF-8."""
+_SHOWN = 200
+"""Characters of a bad record that are shown."""
+
+
+class Reason(StrEnum):
+    """Why a record is no document."""
+
+    NOT_JSON = "broken JSON"
+    NOT_OBJECT = "not a JSON object"
+    MISSING = "missing key"
+    NULL = "null"
+    NOT_TEXT = "not text"
+    NOT_UTF8 = "invalid UTF-8"
+    SURROGATE = "lone surrogate"
+    NUL = "NUL character"
+    TOO_LONG = "longer than --max-document-mb"
+    DAMAGED = "damaged file"
+    EMPTY = "without text"
+
+
+_FIXES = {
+    Reason.NOT_JSON: "correct the file: .jsonl holds one JSON object per line, all text is UTF-8",
+    Reason.NOT_OBJECT: 'write lines such as {"text": "..."}',
+    Reason.NOT_UTF8: "correct the file: all text is UTF-8",
+    Reason.NUL: "write it as UTF-8, and leave files that are no text out",
+    Reason.TOO_LONG: "raise --max-document-mb, or cut the document",
+    Reason.DAMAGED: "check that the file is complete and readable",
+}
+SKIP = "or leave such records out with --on-bad-record skip"
 
 
 @dataclass(frozen=True)
-class RawDocument:
-    """One document as it is in the file: ``content`` is a JSON object or plain text, in UTF-8."""
+class BadRecord:
+    """A record that is no document. ``number``: of its line or row, 0 for a whole file."""
 
-    content: bytes
-    is_json: bool
-    where: str
-    """File and line, for errors."""
-
-    def texts(self, keys: Sequence[str]) -> list[str]:
-        """The text under each key; plain text counts as the text of a single key.
-
-        Raises:
-            DataError: not UTF-8, not a JSON object, or a key is missing or not text.
-        """
-        try:
-            decoded = self.content.decode("utf-8-sig")
-            record = json.loads(decoded) if self.is_json else None
-        except (ValueError, RecursionError) as error:
-            kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
-            fix = "correct the file: .jsonl holds one JSON object per line, all text is UTF-8"
-            raise _fault(self.where, self.content[:60], f"not {kind} ({error})", fix) from error
-        if self.is_json:
-            return [_LONE_SURROGATE.sub("\ufffd", text) for text in self._pick(record, keys)]
-        if len(keys) > 1:
-            fix = "give one key, or .jsonl files"
-            raise _fault("--json-keys", " ".join(keys), f"{self.where} is plain text", fix)
-        self._check_plain(decoded, keys)
-        return [decoded.replace("\r\n", "\n")]
-
-    def _check_plain(self, text: str, keys: Sequence[str]) -> None:
-        """Plain text is neither UTF-16, half of whose bytes are often zero, nor JSON lines."""
-        if "\0" in text:
-            fix = "write it as UTF-8 (UTF-16 has such bytes), and leave files that are no text out"
-            raise _fault(self.where, text[:20], "the text holds zero bytes", fix)
-        first = text.lstrip()[:1] == "{" and _json(text.lstrip().partition("\n")[0])
-        if isinstance(first, dict) and any(isinstance(first.get(key), str) for key in keys):
-            rule = "by its name this is plain text, and its lines are JSON objects"
-            raise _fault(self.where, text[:60], rule, "give the file a name that ends in .jsonl")
-
-    def _pick(self, record: object, keys: Sequence[str]) -> list[str]:
-        if not isinstance(record, dict):
-            fix = 'write lines such as {"text": "..."}'
-            raise _fault(self.where, str(record)[:60], "the line is not a JSON object", fix)
-        texts = [record.get(key) for key in keys]
-        for key, text in zip(keys, texts, strict=True):
-            if not isinstance(text, str):
-                names = ", ".join(record) or "none"
-                fix = f"name the key of the text with --json-keys; this line has: {names}"
-                raise _fault(self.where, key, "the line has no text under this key", fix)
-        return cast("list[str]", texts)
-
-
-def _json(line: str) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-class DocumentReader:
-    """Streams the documents of some files, in the order given; iterate once.
-
-    ``total_bytes`` is the size of the files on disk and ``bytes_read`` how much of it has been
-    read.
-
-    Args:
-        paths: files.
-        text_documents: what is one document in plain text.
-
-    Raises:
-        DataError: naming every missing or empty file; while iterating: a file cannot be read or
-        decompressed.
-    """
-
-    def __init__(self, paths: Sequence[str], text_documents: TextDocuments = "file") -> None:
-        self.paths = [Path(path) for path in paths]
-        self.text_documents = text_documents
-        self.total_bytes = _check_files(self.paths)
-        self._done_bytes = 0
-        self._file: BinaryIO | None = None
+    reason: Reason
+    file: str
+    number: int
+    rule: str
+    value: str = ""
+    fix: str = ""
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes read so far, compressed as they are on disk."""
-        return self._done_bytes + (self._file.tell() if self._file is not None else 0)
+    def where(self) -> str:
+        """File and line."""
+        return place(self.file, self.number)
 
-    def __iter__(self) -> Iterator[RawDocument]:
-        for path in self.paths:
-            try:
-                with path.open("rb") as file:
-                    self._file = file
-                    yield from self._read(path, uncompressed(path, file))
-                    self._file = None
-            except (OSError, DamagedArchiveError) as error:
-                fix = "check that the file is complete and readable"
-                raise _fault("--input", str(path), f"cannot be read ({error})", fix) from error
-            self._done_bytes += path.stat().st_size
+    def error(self, skippable: bool = False) -> DataError:
+        """The error of a run that stops here; ``skippable``: it could go on without the record."""
+        fix = self.fix or _FIXES.get(self.reason, "correct the record")
+        value = self.value or None
+        return DataError(
+            Fault(self.where, value, self.rule, f"{fix}, {SKIP}" if skippable else fix)
+        )
 
-    def _read(self, path: Path, stream: IO[bytes]) -> Iterator[RawDocument]:
-        if is_jsonl(path):
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield RawDocument(line, True, f"{path}:{number}")
-        elif self.text_documents == "file":
-            yield RawDocument(stream.read(), False, str(path))
+
+class Document(NamedTuple):
+    """The text under each key, and where it stands. ``number``: line or row, 0 for a file."""
+
+    texts: list[str]
+    file: str
+    number: int
+
+    @property
+    def where(self) -> str:
+        """File and line."""
+        return place(self.file, self.number)
+
+
+Record = Document | BadRecord
+
+
+def place(file: str, number: int) -> str:
+    """A line or row of a file, for messages."""
+    return f"{file}:{number}" if number else file
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Whole records of one file, next to each other, as they are there.
+
+    ``content``: lines or text in UTF-8; rows as one list of UTF-8 values per key, None for null;
+    or what the reader could not read. ``number``: of the first line or row; ``end``: where reading
+    goes on after the piece.
+    """
+
+    file: str
+    unit: Unit
+    number: int
+    content: bytes | list[list[bytes | None]] | BadRecord
+    end: Position
+
+    @property
+    def size(self) -> int:
+        """Bytes of text."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        if isinstance(self.content, list):
+            return sum(len(value) for values in self.content for value in values if value)
+        return 0
+
+
+class Position(NamedTuple):
+    """A place in the input between two records: the number of the file, how many bytes of its
+    content (rows of a table) come before, and the number of the next line or row."""
+
+    file: int = 0
+    offset: int = 0
+    number: int = 1
+
+
+def records(piece: Piece, keys: Sequence[str], max_bytes: int) -> Iterator[Record]:
+    """All records of a piece, in order. ``max_bytes``: larger ones are bad ones."""
+    if isinstance(piece.content, BadRecord):
+        yield piece.content
+        return
+    if isinstance(piece.content, list):
+        for row, values in enumerate(zip(*piece.content, strict=True), piece.number):
+            yield _row(_At(piece.file, row), values, keys, max_bytes)
+        return
+    for number, content in _units(piece.unit, piece.content, piece.number):
+        at = _At(piece.file, number)
+        if len(content) > max_bytes:
+            yield at.too_long(max_bytes)
+        elif piece.unit == "json":
+            yield _json_line(at, content, keys)
         else:
-            yield from _read_pieces(path, stream, single_lines=self.text_documents == "line")
+            yield _plain(at, content)
 
 
-def is_jsonl(path: Path) -> bool:
-    """Whether a file holds one JSON object per line, by its name without .xz, .gz or .bz2."""
-    name = path.name.lower()
-    bare = path.with_suffix("").name.lower() if name.endswith(SUFFIXES) else name
-    return bare.endswith((".jsonl", ".json", ".ndjson"))
-
-
-def _read_pieces(path: Path, stream: IO[bytes], single_lines: bool) -> Iterator[RawDocument]:
+def _units(unit: Unit, content: bytes, number: int) -> Iterator[tuple[int, bytes]]:
+    """The records of plain text or JSON lines, each with the number of its first line."""
+    if unit == "file":
+        yield 0, content
+        return
+    if unit != "paragraph":
+        for line_number, line in enumerate(content.split(b"\n"), number):
+            if line.strip(_BLANK):
+                yield line_number, line
+        return
     lines: list[bytes] = []
-    for number, line in enumerate(stream, 1):
-        is_blank = not line.strip()
-        if not is_blank:
+    for line_number, line in enumerate(content.split(b"\n"), number):
+        if line.strip(_BLANK):
             lines.append(line)
-        if lines and (is_blank or single_lines):
-            yield RawDocument(b"".join(lines).rstrip(b"\r\n"), False, f"{path}:{number}")
+        elif lines:
+            yield line_number - len(lines), b"\n".join(lines)
             lines = []
     if lines:
-        yield RawDocument(b"".join(lines).rstrip(b"\r\n"), False, str(path))
+        yield line_number - len(lines) + 1, b"\n".join(lines)
 
 
-def _check_files(paths: Sequence[Path]) -> int:
-    faults = []
-    for path in paths:
-        if not path.is_file():
-            rule = "is a folder" if path.is_dir() else "there is no such file"
-            fix = "give the files themselves, for example --input folder/*.jsonl"
-            faults.append(Fault("--input", str(path), rule, fix))
-        elif path.stat().st_size == 0:
-            faults.append(Fault("--input", str(path), "the file is empty", "leave it out"))
-        else:
-            faults += _content_faults(path)
-    if faults:
-        raise DataError(faults)
-    return sum(path.stat().st_size for path in paths)
+class _At(NamedTuple):
+    file: str
+    number: int
+
+    def bad(self, reason: Reason, rule: str, value: object = "", fix: str = "") -> BadRecord:
+        shown = value[:_SHOWN].decode("utf-8", "replace") if isinstance(value, bytes) else value
+        text = str(shown)[:_SHOWN].encode("utf-8", "replace").decode()
+        return BadRecord(reason, self.file, self.number, rule, text, fix)
+
+    def too_long(self, max_bytes: int) -> BadRecord:
+        return self.bad(Reason.TOO_LONG, f"longer than {max_bytes / 1e6:g} MB (--max-document-mb)")
 
 
-def _content_faults(path: Path) -> list[Fault]:
+def _json_line(at: _At, line: bytes, keys: Sequence[str]) -> Record:
     try:
-        wrong = misnamed(path)
-    except OSError as error:
-        fix = "check path and rights"
-        return [Fault("--input", str(path), f"it cannot be read ({error})", fix)]
-    return [] if wrong is None else [Fault("--input", str(path), *wrong)]
+        decoded = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return at.bad(Reason.NOT_UTF8, f"not UTF-8 ({error})", line)
+    try:
+        # No number is of interest, and Python refuses to read long ones.
+        record = json.loads(decoded, parse_int=float)
+    except (ValueError, RecursionError) as error:
+        return at.bad(Reason.NOT_JSON, f"not JSON ({error})", decoded)
+    if not isinstance(record, dict):
+        return at.bad(Reason.NOT_OBJECT, "the line is not a JSON object", decoded)
+    texts = []
+    for key in keys:
+        text = record.get(key)
+        if not isinstance(text, str):
+            return _no_text(at, key, record, decoded)
+        if bad := _crooked(at, text):
+            return bad
+        texts.append(text)
+    return Document(texts, *at)
 
 
-def _fault(where: str, value: object, rule: str, fix: str) -> DataError:
-    return DataError(Fault(where=where, value=value, rule=rule, fix=fix))
+def _no_text(at: _At, key: str, record: dict[str, object], line: str) -> BadRecord:
+    names = ", ".join(record) or "none"
+    fix = f"name the key of the text with --json-keys; this line has: {names[:_SHOWN]}"
+    reason, found = Reason.MISSING, "it is missing"
+    if key in record:
+        value = record[key]
+        reason = Reason.NULL if value is None else Reason.NOT_TEXT
+        found = "it is null" if value is None else f"it is a {_JSON_KINDS[type(value)]}"
+    return at.bad(reason, f"the line has no text under this key, {key!r}: {found}", line, fix)
+
+
+_JSON_KINDS = {bool: "truth value", float: "number", list: "list", dict: "object"}
+
+
+def _crooked(at: _At, text: str) -> BadRecord | None:
+    """What tokenizers trip over."""
+    if "\0" in text:
+        return at.bad(Reason.NUL, "the text holds zero bytes", text)
+    # All that holds one fails to encode; the expression alone takes ten times as long.
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            found = _LONE_SURROGATE.search(text)
+            assert found is not None
+            shown = text[max(0, found.start() - 40) : found.start() + 40]
+            rule = f"half of a surrogate pair (\\u{ord(found[0]):04x}) is no character"
+            return at.bad(Reason.SURROGATE, rule, shown)
+    return None
+
+
+def _plain(at: _At, content: bytes) -> Record:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return at.bad(Reason.NOT_UTF8, f"not UTF-8 ({error})", content)
+    if bad := _crooked(at, text):
+        return bad
+    text = text.replace("\r\n", "\n")
+    return Document([text.rstrip("\r\n") if at.number else text], *at)
+
+
+def _row(at: _At, values: Sequence[bytes | None], keys: Sequence[str], max_bytes: int) -> Record:
+    texts = []
+    for key, value in zip(keys, values, strict=True):
+        if value is None:
+            return at.bad(Reason.NULL, f"the column {key!r} is null here")
+        if len(value) > max_bytes:
+            return at.too_long(max_bytes)
+        try:
+            text = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return at.bad(Reason.NOT_UTF8, f"not UTF-8 ({error})", value)
+        if bad := _crooked(at, text):
+            return bad
+        texts.append(text)
+    return Document(texts, *at)

@@ -28,7 +28,7 @@ class MockSamples:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> Tensor:
         random = numpy.random.default_rng([self.seed, index])
         length = self.seq_length + 1
         tokens = numpy.empty(0, dtype=numpy.int64)
@@ -37,9 +37,4 @@ class MockSamples:
             count = random.integers(8, max(9, self.seq_length))
             document = (start + step * numpy.arange(count)) % self.vocab_size
             tokens = numpy.concatenate([tokens, document, [self.eod]])
-        text = torch.from_numpy(tokens[:length].copy())
-        return {
-            "tokens": text[:-1].contiguous(),
-            "labels": text[1:].contiguous(),
-            "loss_mask": torch.ones(self.seq_length),
-        }
+        return torch.from_numpy(tokens[:length].copy())

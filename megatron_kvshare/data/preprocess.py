@@ -1,36 +1,45 @@
-"""Text to token files in parallel.
-
-Workers parse and tokenize batches of documents; the parent writes them in input order. So the files
-are the same for every number of workers, and memory is bounded by a few batches (or the longest
-document) per worker.
+"""Text to token files: the same ones for any number of workers, and for any number of times that
+the run was killed and started again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
+import os
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
-import numpy
-
-from megatron_kvshare.data.documents import DocumentReader, RawDocument, TextDocuments
-from megatron_kvshare.data.publish import INDEX, NOTES, TOKENS, publish
+from megatron_kvshare import __version__
+from megatron_kvshare.data.documents import TextDocuments
+from megatron_kvshare.data.encoding import (
+    EncoderSettings,
+    InnerEnds,
+    Skipped,
+    encode_all,
+)
+from megatron_kvshare.data.inputs import MAX_DOCUMENT_BYTES, InputOptions, Inputs, open_inputs
+from megatron_kvshare.data.publish import INDEX, NOTES, publish
+from megatron_kvshare.data.token_index import token_dtype, write_index
 from megatron_kvshare.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_kvshare.data.unfinished import KeyCounts, Unfinished
 from megatron_kvshare.errors import DataError, Fault
 from megatron_kvshare.ownership.aside import aside, remove_leftovers
 from megatron_kvshare.ownership.owner import file_place, owned
 
-_BATCH_BYTES = 1 << 19
-_BATCHES_PER_WORKER = 3
+_FORMAT = 1
+"""Number of the form of unfinished work, and of how documents are found: another one cannot go on
+from it."""
+_COMMIT_SECONDS = 2.0
+_REPORT_SECONDS = 0.2
+
+OnBadRecord = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +56,39 @@ class PreprocessJob:
     text_documents: TextDocuments = "file"
     append_eod: bool = False
     split_special_tokens: bool = False
+    on_bad_record: OnBadRecord = "stop"
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    revision: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
     workers: int = 1
+
+    @property
+    def file_names(self) -> list[str]:
+        """The names of the files of each JSON key; a key may hold what no file name may."""
+        return [f"{key.replace('/', '_')}_document" for key in self.json_keys]
 
     @property
     def prefixes(self) -> list[str]:
         """Prefix of the files of each JSON key, in Megatron's naming."""
-        return [f"{self.output_prefix}_{key}_document" for key in self.json_keys]
+        return [f"{self.output_prefix}_{name}" for name in self.file_names]
+
+    @property
+    def skipped_path(self) -> Path:
+        """Where the first bad records of each kind are shown."""
+        return Path(self.output_prefix + ".skipped.jsonl")
+
+    @property
+    def input_options(self) -> InputOptions:
+        """How the input is read."""
+        return InputOptions(
+            json_keys=self.json_keys,
+            text_documents=self.text_documents,
+            max_document_bytes=self.max_document_bytes,
+            revision=self.revision,
+            dataset_config=self.dataset_config,
+            dataset_split=self.dataset_split,
+        )
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer, the same in every process."""
@@ -65,140 +101,67 @@ class PreprocessJob:
         )
 
 
-@dataclass
-class InnerEnds:
-    """End-of-document tokens inside documents, written there as text: how many, in how many
-    documents, and where the first of these is."""
-
-    tokens: int = 0
-    documents: int = 0
-    first: str | None = None
-
-    def add(self, other: InnerEnds) -> None:
-        self.tokens += other.tokens
-        self.documents += other.documents
-        self.first = self.first or other.first
-
-
-@dataclass
+@dataclass(frozen=True)
 class Counts:
-    """Counts so far; documents without text are skipped."""
+    """Counts so far. ``skipped``: records that became no document; ``total_bytes`` of the input,
+    None where nobody knows; ``resumed_bytes`` were read by runs before this one."""
 
-    total_bytes: int
-    bytes_read: int = 0
-    documents: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    inner_ends: InnerEnds = field(default_factory=InnerEnds)
-
-
-class _Encoded(NamedTuple):
-    """One batch under one key: its token ids in a row, the length of each document (0: no text)."""
-
-    ids: numpy.ndarray
-    lengths: numpy.ndarray
+    total_bytes: int | None
+    bytes_read: int
+    resumed_bytes: int
+    keys: list[KeyCounts]
+    skipped_records: Skipped
     inner_ends: InnerEnds
 
+    @property
+    def documents(self) -> int:
+        """Documents under all keys."""
+        return sum(key.documents for key in self.keys)
 
-@dataclass(frozen=True)
-class _Encoder:
-    """Turns documents into token ids; ``eod`` is found once, by the parent."""
+    @property
+    def tokens(self) -> int:
+        """Tokens under all keys."""
+        return sum(key.tokens for key in self.keys)
 
-    job: PreprocessJob
-    tokenizer: Tokenizer
-    eod: int | None
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of text in UTF-8 under all keys."""
+        return sum(key.text_bytes for key in self.keys)
 
-    def encode(self, batch: Sequence[RawDocument]) -> list[_Encoded]:
-        rows: list[list[list[int]]] = [[] for _ in self.job.json_keys]
-        inner_ends = [InnerEnds() for _ in self.job.json_keys]
-        for document in batch:
-            texts = document.texts(self.job.json_keys)
-            for row, found, text in zip(rows, inner_ends, texts, strict=True):
-                ids = self.tokenizer.encode(text) if text.strip() else []
-                if self.eod in ids:
-                    found.add(InnerEnds(ids.count(self.eod), 1, document.where))
-                if ids and self.job.append_eod and self.eod is not None:
-                    ids.append(self.eod)
-                row.append(ids)
-        return [
-            _Encoded(
-                numpy.concatenate([numpy.array(ids, dtype=numpy.int32) for ids in row]),
-                numpy.array([len(ids) for ids in row], dtype=numpy.int64),
-                found,
-            )
-            for row, found in zip(rows, inner_ends, strict=True)
-        ]
+    @property
+    def skipped(self) -> int:
+        """Records that became no document."""
+        return self.skipped_records.total
 
 
-@dataclass
-class _Outputs:
-    """Files under temporary names, one pair per key."""
-
-    job: PreprocessJob
-    tokenizer: Tokenizer
-    totals: list[Counts] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        from megatron_kvshare.megatron_api.datasets import TokenFileWriter
-
-        Path(self.job.output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        size = self.tokenizer.vocab_size
-        self.partial = [_aside(prefix) for prefix in self.job.prefixes]
-        self.writers = [TokenFileWriter(files[TOKENS], size) for files in self.partial]
-        self.totals = [Counts(total_bytes=0) for _ in self.job.prefixes]
-
-    def write(self, batch: Sequence[_Encoded], progress: Counts) -> None:
-        for encoded, writer, total in zip(batch, self.writers, self.totals, strict=True):
-            ends = numpy.cumsum(encoded.lengths)
-            for length, end in zip(encoded.lengths.tolist(), ends.tolist(), strict=True):
-                if length:
-                    writer.add_document(encoded.ids[end - length : end])
-            written = int((encoded.lengths > 0).sum())
-            total.documents += written
-            total.tokens += int(encoded.ids.size)
-            progress.documents += written
-            progress.tokens += int(encoded.ids.size)
-            progress.skipped += len(encoded.lengths) - written
-            progress.inner_ends.add(encoded.inner_ends)
-
-    def finish(self) -> None:
-        """Give the files their names, all complete."""
-        every = zip(self.job.prefixes, self.partial, self.writers, self.totals, strict=True)
-        for prefix, files, writer, total in every:
-            if not total.tokens:
-                fix = "give files with text (see --json-keys and --text-documents)"
-                raise DataError(Fault("--input", prefix, "the input holds no text", fix))
-            writer.finalize(files[INDEX])
-            with files[INDEX].open("rb") as index:
-                sha256 = hashlib.file_digest(index, "sha256").hexdigest()
-            notes = _notes(self.job, self.tokenizer, total) | {"index_sha256": sha256}
-            files[NOTES].write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
-        for prefix, files in zip(self.job.prefixes, self.partial, strict=True):
-            publish(files, prefix)
-
-    def discard(self) -> None:
-        """Remove what is left under temporary names."""
-        for files, writer in zip(self.partial, self.writers, strict=True):
-            writer.close()
-            for path in files.values():
-                path.unlink(missing_ok=True)
+Say = Callable[[str], None]
+Report = Callable[[Counts], None]
 
 
-def preprocess(job: PreprocessJob, report: Callable[[Counts], None] | None = None) -> Counts:
+def preprocess(
+    job: PreprocessJob, report: Report | None = None, say: Say = lambda _: None
+) -> Counts:
     """Tokenize all documents; write ``.bin/.idx`` files and a note of the tokenizer beside them.
 
     Args:
         job: what to do.
         report: called after every batch.
+        say: is told what was found in the input, and whether the run goes on from finished work.
 
     Returns:
         Final counts.
 
     Raises:
-        DataError: broken input, tokenizer or output folder; nothing is left behind then.
+        DataError: broken input, tokenizer or output folder; results of before are left alone, and
+            what is finished is kept for the next start.
         OwnershipError: another process writes the same files.
     """
-    reader = DocumentReader(job.inputs, job.text_documents)
+    _check_names(job)
+    inputs = open_inputs(job.inputs, job.input_options)
+    for warning in inputs.warnings:
+        say(f"warning: {warning}")
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in inputs.kinds().items())
+    say(f"input: {kinds}")
     tokenizer = job.load_tokenizer()
     if job.append_eod and tokenizer.eod is None:
         fix = (
@@ -206,106 +169,178 @@ def preprocess(job: PreprocessJob, report: Callable[[Counts], None] | None = Non
             " Face: eos_token in tokenizer_config.json)"
         )
         raise DataError(Fault("--append-eod", "on", "the tokenizer names no such token", fix))
-    encoder = _Encoder(job, tokenizer, tokenizer.eod)
-    progress = Counts(total_bytes=reader.total_bytes)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(owned(*(file_place("--output-prefix", p) for p in job.prefixes)))
-            outputs = _Outputs(job, tokenizer)
-            stack.callback(outputs.discard)
-            for encoded in _encode_all(encoder, _batches(reader), stack):
-                outputs.write(encoded, progress)
-                progress.bytes_read = reader.bytes_read
-                if report is not None:
-                    report(progress)
-            outputs.finish()
-    except BrokenProcessPool as error:
-        rule = "a worker process was killed, most likely for lack of memory"
-        raise DataError(Fault("--workers", job.workers, rule, "use fewer workers")) from error
+        with owned(*(file_place("--output-prefix", p) for p in (job.output_prefix, *job.prefixes))):
+            return _Run(job, inputs, tokenizer, report, say).run()
     except OSError as error:
         fix = "give a folder that can be written and has room"
         rule = f"cannot be written ({error})"
         raise DataError(Fault("--output-prefix", job.output_prefix, rule, fix)) from error
-    return progress
 
 
-def _batches(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    batch: list[RawDocument] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.content)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _check_names(job: PreprocessJob) -> None:
+    names = job.file_names
+    if len(set(names)) < len(names):
+        rule = f"two keys would write the same files ({', '.join(names)})"
+        raise DataError(Fault("--json-keys", " ".join(job.json_keys), rule, "give other keys"))
 
 
-def _encode_all(
-    encoder: _Encoder, batches: Iterator[list[RawDocument]], stack: ExitStack
-) -> Iterator[list[_Encoded]]:
-    """Encoded batches in input order, with a bounded number of them in flight."""
-    job = encoder.job
-    if job.workers == 1:
-        yield from map(encoder.encode, batches)
-        return
-    # Fresh processes: the parent has loaded libraries with threads, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    arguments = (job, encoder.eod)
-    pool = ProcessPoolExecutor(job.workers, context, initializer=_start_worker, initargs=arguments)
-    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    waiting: deque[Future[list[_Encoded] | tuple[Fault, ...]]] = deque()
-    for batch in batches:
-        waiting.append(pool.submit(_encode_in_worker, batch))
-        if len(waiting) >= _BATCHES_PER_WORKER * job.workers:
-            yield _result(waiting.popleft())
-    while waiting:
-        yield _result(waiting.popleft())
+class _Run:
+    """One run, which owns its results."""
+
+    def __init__(
+        self,
+        job: PreprocessJob,
+        inputs: Inputs,
+        tokenizer: Tokenizer,
+        report: Report | None,
+        say: Say,
+    ) -> None:
+        self.job, self.inputs, self.tokenizer = job, inputs, tokenizer
+        self.report, self.say = report, say
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        for path in (
+            Path(prefix) for prefix in job.prefixes
+        ):  # of runs before there was such a folder
+            remove_leftovers(path.parent, re.escape(path.name) + r"\.(bin|idx|meta\.json)")
+        self.work = Unfinished(job.output_prefix, job.file_names, self._name(), self.dtype.itemsize)
+        self.resumed_bytes = 0
+
+    def _name(self) -> str:
+        """What decides the results, in short."""
+        job = replace(
+            self.job,
+            inputs=(),
+            output_prefix="",
+            tokenizer_model=None,
+            on_bad_record="stop",
+            workers=1,
+        )
+        parts = [
+            _FORMAT,
+            asdict(job),
+            self.tokenizer.fingerprint,
+            self.tokenizer.eod,
+            self.inputs.identity(),
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def run(self) -> Counts:
+        """Do what is left to do."""
+        with ExitStack() as stack:
+            stack.callback(self.work.close)
+            self._begin()
+            if not self.work.progress.is_complete:
+                self.work.open()
+                self._encode()
+                self._complete()
+            self._publish()
+        return self._counts()
+
+    def _begin(self) -> None:
+        work, skipped = self.work, self.work.progress.skipped
+        if work.is_resumed and skipped.bad and self.job.on_bad_record == "stop":
+            rule = f"the work begun there has left out {skipped.bad:,} bad records"
+            fix = f"give --on-bad-record skip to go on with it, or remove {work.folder}"
+            raise DataError(Fault("--on-bad-record", "stop", rule, fix))
+        if work.is_resumed:
+            found = self._counts()
+            counts = f"{found.documents:,} documents and {found.tokens:,} tokens"
+            self.say(f"going on from {work.folder}: {counts} are finished")
+        elif work.replaces_other:
+            self.say(f"{work.folder} was work on something else; beginning anew")
+
+    def _encode(self) -> None:
+        job, tokenizer = self.job, self.tokenizer
+        settings = EncoderSettings(
+            load=partial(_load, job),
+            keys=job.json_keys,
+            max_document_bytes=job.max_document_bytes,
+            dtype=self.dtype.name,
+            eod=tokenizer.eod,
+            append_eod=job.append_eod,
+        )
+        pieces = self.inputs.pieces(self.work.progress.position)
+        self.resumed_bytes = self.inputs.bytes_before(self.work.progress.position)
+        committed = reported = time.monotonic()
+        for encoded in encode_all(settings, pieces, job.workers, tokenizer):
+            if encoded.bad is not None and job.on_bad_record == "stop":
+                raise encoded.bad.error(skippable=True)
+            self.work.write(encoded)
+            now = time.monotonic()
+            if self.report is not None and now - reported > _REPORT_SECONDS:
+                self.report(self._counts())
+                reported = now
+            if now - committed > _COMMIT_SECONDS:
+                self.work.commit()
+                committed = time.monotonic()
+        if self.report is not None:
+            self.report(self._counts())
+
+    def _complete(self) -> None:
+        """Write what belongs to the tokens."""
+        self.work.commit()
+        for number, (prefix, counts) in enumerate(
+            zip(self.job.prefixes, self.work.progress.keys, strict=True)
+        ):
+            if not counts.tokens:
+                self.work.is_committed = False
+                fix = "give files with text (see --json-keys and --text-documents)"
+                raise DataError(Fault("--input", prefix, "the input holds no text", fix))
+            index = self.work.path(number, INDEX)
+            sha256 = write_index(index, self.dtype, self.work.lengths(number))
+            notes = self._notes(counts) | {"index_sha256": sha256}
+            text = json.dumps(notes, indent=1) + "\n"
+            self.work.path(number, NOTES).write_text(text, encoding="utf-8")
+        self.work.progress.is_complete = True
+        self.work.commit()
+
+    def _publish(self) -> None:
+        """Give the files their names, all complete."""
+        self.work.close()
+        for number, prefix in enumerate(self.job.prefixes):
+            publish(self.work.results(number), prefix)
+        path, examples = self.job.skipped_path, self.work.progress.skipped.examples
+        if examples:
+            remove_leftovers(path.parent, re.escape(path.name))
+            written = aside(path)
+            lines = (json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+            written.write_text("".join(lines), encoding="utf-8")
+            os.replace(written, path)
+        else:
+            path.unlink(missing_ok=True)
+        self.work.remove()
+
+    def _counts(self) -> Counts:
+        progress = self.work.progress
+        return Counts(
+            total_bytes=self.inputs.total_bytes,
+            bytes_read=self.inputs.bytes_read,
+            resumed_bytes=self.resumed_bytes,
+            keys=progress.keys,
+            skipped_records=progress.skipped,
+            inner_ends=progress.inner_ends,
+        )
+
+    def _notes(self, counts: KeyCounts) -> dict[str, object]:
+        job, tokenizer = self.job, self.tokenizer
+        model = Path(job.tokenizer_model).name if job.tokenizer_model else None
+        return {
+            "tokenizer_type": job.tokenizer_type,
+            "tokenizer_model": model,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod": tokenizer.eod,
+            "append_eod": job.append_eod,
+            "split_special_tokens": job.split_special_tokens,
+            "kvshare_version": __version__,
+            "input": self.inputs.kinds(),
+            "documents": counts.documents,
+            "tokens": counts.tokens,
+            "text_bytes": counts.text_bytes,
+            "skipped": dict(self.work.progress.skipped.counts),
+        }
 
 
-_worker: _Encoder | None = None
-
-
-def _start_worker(job: PreprocessJob, eod: int | None) -> None:
-    global _worker
-    _worker = _Encoder(job, job.load_tokenizer(), eod)
-
-
-def _encode_in_worker(batch: list[RawDocument]) -> list[_Encoded] | tuple[Fault, ...]:
-    """Encode, or hand back the faults: an exception would lose them between processes."""
-    assert _worker is not None, "the pool runs _start_worker first"
-    try:
-        return _worker.encode(batch)
-    except DataError as error:
-        return error.faults
-
-
-def _result(future: Future[list[_Encoded] | tuple[Fault, ...]]) -> list[_Encoded]:
-    result = future.result()
-    if isinstance(result, tuple):
-        raise DataError(result)
-    return result
-
-
-def _notes(job: PreprocessJob, tokenizer: Tokenizer, total: Counts) -> dict[str, object]:
-    model = Path(job.tokenizer_model).name if job.tokenizer_model else None
-    return {
-        "tokenizer_type": job.tokenizer_type,
-        "tokenizer_model": model,
-        "tokenizer_sha256": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
-        "append_eod": job.append_eod,
-        "split_special_tokens": job.split_special_tokens,
-        "documents": total.documents,
-        "tokens": total.tokens,
-    }
-
-
-def _aside(prefix: str) -> dict[str, Path]:
-    """By suffix, where the files are written; what killed runs were writing goes."""
-    targets = {suffix: Path(prefix + suffix) for suffix in (TOKENS, INDEX, NOTES)}
-    for target in targets.values():
-        remove_leftovers(target.parent, re.escape(target.name))
-    return {suffix: aside(target) for suffix, target in targets.items()}
+def _load(job: PreprocessJob) -> Tokenizer:
+    return job.load_tokenizer()

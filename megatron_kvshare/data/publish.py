@@ -18,14 +18,17 @@ def publish(partial: Mapping[str, Path], prefix: str) -> None:
 
     Nothing reads tokens without an index. So the old one goes first and the new one comes last:
     what is found in between is no pair, whatever else is there by then. Each step is on the disk
-    before the next.
+    before the next. A call that was killed is called again with the files that are left.
     """
+    if INDEX not in partial:
+        return
     folder = Path(prefix).parent
     sync(*partial.values())
     Path(prefix + INDEX).unlink(missing_ok=True)
     sync(folder)
     for suffix in (TOKENS, NOTES):
-        os.replace(partial[suffix], prefix + suffix)
+        if suffix in partial:
+            os.replace(partial[suffix], prefix + suffix)
     sync(folder)
     os.replace(partial[INDEX], prefix + INDEX)
     sync(folder)

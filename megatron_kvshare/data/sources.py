@@ -107,6 +107,7 @@ def _paths(data: DataConfig, part: DataPart) -> tuple[str, Sequence[str]]:
     separate = {
         DataPart.train: data.train_data_path,
         DataPart.valid: data.valid_data_path,
+        DataPart.test: data.test_data_path,
     }
     if not any(separate.values()):
         return "--data-path", ()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy
 from torch import Tensor
@@ -22,14 +22,14 @@ _PATTERN_PICKS = 1 << 20
 
 
 class Samples(Protocol):
-    """A fixed number of samples; what a stock GPT dataset offers."""
+    """A fixed number of samples: the ids that tokens and labels are cut from."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> Tensor: ...
 
 
-class SampleStream(Dataset[dict[str, Tensor]]):
+class SampleStream(Dataset[Tensor]):
     """Sample ``i`` of the blend, for every ``i`` >= 0.
 
     The blend follows megatron-core's order for the first million picks and repeats it after that,
@@ -49,11 +49,23 @@ class SampleStream(Dataset[dict[str, Tensor]]):
             self._pick_source, self._pick_earlier = blend_pattern(list(weights), _PATTERN_PICKS)
             self._picks = numpy.bincount(self._pick_source, minlength=len(sources)).tolist()
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Tokens, labels and loss mask of sample ``index``, each ``[s]``."""
+    def __getitem__(self, index: int) -> Tensor:
+        """Ids of sample ``index``, ``[s + 1]`` int64."""
         source, position = self.locate(index)
-        sample = self.sources[source][position]
-        return {key: sample[key] for key in ("tokens", "labels", "loss_mask")}
+        return self.sources[source][position]
+
+    def counts(self, first: int, end: int) -> list[int]:
+        """How many of the samples ``[first, end)`` are of each source."""
+        if len(self.sources) == 1:
+            return [end - first]
+        (turns, start), (last_turns, stop) = (divmod(at, _PATTERN_PICKS) for at in (first, end))
+        between = self._pick_source[min(start, stop) : max(start, stop)]
+        rest = numpy.bincount(between, minlength=len(self.sources)).tolist()
+        sign = 1 if start <= stop else -1
+        return [
+            (last_turns - turns) * picks + sign * more
+            for picks, more in zip(self._picks, rest, strict=True)
+        ]
 
     def locate(self, index: int) -> tuple[int, int]:
         """Source and the number of the sample in it."""

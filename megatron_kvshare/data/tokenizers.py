@@ -12,6 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy
+
+from megatron_kvshare.data.byte_tokenizers import (
+    BYTE_VOCABULARY,
+    ByteTokenizer,
+    TiktokenTokenizer,
+)
 from megatron_kvshare.errors import DataError, Fault
 
 _NAMING = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
@@ -34,6 +41,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without added begin or end tokens."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
+        """:meth:`encode` of many texts (int32), in one thread and less time."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -60,9 +71,10 @@ def load_tokenizer(
     """Load a tokenizer by Megatron's ``--tokenizer-type`` name.
 
     Args:
-        kind: ``SentencePieceTokenizer``, ``HuggingFaceTokenizer`` or ``NullTokenizer``.
+        kind: ``SentencePieceTokenizer``, ``HuggingFaceTokenizer``, ``TikTokenizer``,
+            ``ByteLevelTokenizer`` or ``NullTokenizer``.
         model: its file or folder on this machine.
-        vocab_size: number of ids, for ``NullTokenizer`` only.
+        vocab_size: number of ids, for those that have no file or a file of more.
         split_special_tokens: encode the names of special tokens inside a text as text.
         trust_remote_code: run code of the folder where it has no ``tokenizer.json``.
 
@@ -78,24 +90,29 @@ def load_tokenizer(
                 "--vocab-size", None, "NullTokenizer needs the number of ids", "give --vocab-size"
             )
         return NullTokenizer(vocab_size)
+    if kind == "ByteLevelTokenizer":
+        return ByteTokenizer(vocab_size or BYTE_VOCABULARY)
     if model is None:
         fix = "give the tokenizer's file or folder; `kvshare train-tokenizer` makes one"
         raise _fault("--tokenizer-model", None, f"{kind} needs a file", fix)
-    kinds = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    kinds = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer")
     if kind not in kinds:
-        fix = f"use one of {', '.join([*kinds, 'NullTokenizer'])}"
+        fix = f"use one of {', '.join([*kinds, 'ByteLevelTokenizer', 'NullTokenizer'])}"
         raise _fault("--tokenizer-type", kind, "unknown kind of tokenizer", fix)
     if not Path(model).exists():
         fix = "give a path on this machine (names on a hub are not looked up)"
         raise _fault("--tokenizer-model", model, "no such file or folder", fix)
     if kind == "SentencePieceTokenizer":
         return SentencePieceTokenizer(Path(model), split_special_tokens)
+    if kind == "TikTokenizer":
+        return TiktokenTokenizer(Path(model), vocab_size, split_special_tokens)
     return HuggingFaceTokenizer(Path(model), split_special_tokens, trust_remote_code)
 
 
 def kind_of(path: str) -> str:
     """The kind of the tokenizer at ``path``, by its name alone."""
-    return "SentencePieceTokenizer" if path.endswith(".model") else "HuggingFaceTokenizer"
+    kinds = {".model": "SentencePieceTokenizer", ".tiktoken": "TikTokenizer"}
+    return kinds.get(Path(path).suffix, "HuggingFaceTokenizer")
 
 
 class NullTokenizer:
@@ -121,6 +138,10 @@ class NullTokenizer:
                 rule = f"token id outside the vocabulary of {self.vocab_size}"
                 raise _fault("NullTokenizer", token, rule, "raise --vocab-size")
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
+        """Read the numbers of many texts."""
+        return [numpy.array(self.encode(text), dtype=numpy.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Write the numbers."""
@@ -168,6 +189,10 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
         return list(self._processor.encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
+        """Token ids of many texts."""
+        return list(self._processor.encode_as_numpy(list(texts), num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; those beyond the vocabulary, which a model can have, have none."""
@@ -225,7 +250,8 @@ class HuggingFaceTokenizer:
         ``tokenizer.json``. A file of another name than that has no settings."""
         folder = self._path if self._path.is_dir() else self._path.parent
         has_settings = folder == self._path or self._path.name == "tokenizer.json"
-        if not has_settings or not any((folder / name).is_file() for name in _NAMING):
+        is_named = any((folder / name).is_file() for name in _NAMING) or _is_bare_gpt2(folder)
+        if not (has_settings and is_named):
             return None
         return self._by_transformers(folder)
 
@@ -290,6 +316,11 @@ class HuggingFaceTokenizer:
         """Token ids of a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[numpy.ndarray]:
+        """Token ids of many texts, without the offsets that :meth:`encode` computes as well."""
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [numpy.array(encoding.ids, dtype=numpy.int32) for encoding in found]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -320,13 +351,15 @@ def _from_transformers(folder: Path, given: Path, trust_remote_code: bool) -> An
     """The tokenizer in ``folder`` as transformers reads it, without code that lies there unless it
     is trusted: where ``tokenizer.json`` does without, the class that needs none."""
     try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
     except ImportError as error:
         raise _needs_transformers(given) from error
     try:
         settings = _json(folder / "tokenizer_config.json")
         if "auto_map" in settings and (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        if _is_bare_gpt2(folder):
+            return GPT2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
@@ -335,6 +368,14 @@ def _from_transformers(folder: Path, given: Path, trust_remote_code: bool) -> An
         reason = " ".join(str(error).split())[:200]
         rule = f"transformers cannot read it ({reason})"
         raise _fault("--tokenizer-model", str(given), rule, fix) from error
+
+
+def _is_bare_gpt2(folder: Path) -> bool:
+    """The two files of GPT-2's tokenizer, as Megatron's --vocab-file and --merge-file, and nothing
+    that names a class."""
+    names = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    there = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return there and not any((folder / name).is_file() for name in names)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megatron_kvshare.data.data_plan import DataPlan, DataRequest, plan_data
 from megatron_kvshare.data.mock import MockSamples
 from megatron_kvshare.data.packing import document_ids, position_ids
 from megatron_kvshare.data.sources import token_outside
+from megatron_kvshare.data.staged import StagedStream
 from megatron_kvshare.data.stream import SampleStream
 from megatron_kvshare.errors import STOP_SIGNALS, DataError
 from megatron_kvshare.megatron_api.datasets import DataPart, build_samples
@@ -60,7 +61,7 @@ class TrainData:
         data: DataConfig,
         plan: DataPlan,
         share: RankShare,
-        streams: dict[DataPart, SampleStream],
+        streams: dict[DataPart, StagedStream],
     ) -> None:
         self.plan = plan
         self._data = data
@@ -78,9 +79,11 @@ class TrainData:
 
     def valid_batches(self) -> Iterator[Batch]:
         """Micro-batches of one evaluation: always the same samples, so that values compare."""
-        request = self.plan.request
-        indices = micro_batches(self._share, request.global_batch_size, 0, request.eval_iters)
-        return self._batches(DataPart.valid, indices)
+        return self._eval_batches(DataPart.valid)
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Micro-batches of the evaluation at the end, on test data."""
+        return self._eval_batches(DataPart.test)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,9 +97,29 @@ class TrainData:
 
     def source_of(self, sample: int) -> tuple[str, int]:
         """Where training sample ``sample`` comes from: prefix of the data, and its number there."""
-        source, number = self._streams[DataPart.train].locate(sample)
-        rows = self.plan.rows_of(DataPart.train)
-        return (rows[source].source if rows else "mock data"), number
+        place = self._streams[DataPart.train].locate(sample)
+        rows = self.plan.rows_of(DataPart.train, place.stage)
+        return (rows[place.source].source if rows else "mock data"), place.number
+
+    def stage_of(self, sample: int) -> int:
+        """The stage, from 0, that training sample ``sample`` is of."""
+        return self._streams[DataPart.train].stage_of(sample)
+
+    def tokens_by_source(self, first: int, end: int) -> dict[str, int]:
+        """Tokens of the training samples ``[first, end)`` by the prefix of their data; empty for
+        made-up ones."""
+        found: dict[str, int] = {}
+        for stage, counts in self._streams[DataPart.train].counts(first, end):
+            rows = self.plan.rows_of(DataPart.train, stage)
+            for row, samples in zip(rows, counts, strict=bool(rows)):
+                tokens = samples * self.plan.request.seq_length
+                found[row.source] = found.get(row.source, 0) + tokens
+        return found
+
+    def _eval_batches(self, part: DataPart) -> Iterator[Batch]:
+        request = self.plan.request
+        indices = micro_batches(self._share, request.global_batch_size, 0, request.eval_iters)
+        return self._batches(part, indices)
 
     def _batches(self, part: DataPart, indices: Iterator[list[int]]) -> Iterator[Batch]:
         loader = DataLoader(
@@ -110,14 +133,16 @@ class TrainData:
             multiprocessing_context="fork" if self._data.num_workers else None,
             worker_init_fn=_leave_stopping_to_the_trainer,
         )
-        for fields in loader:
-            yield self._finish(**fields)
+        yield from map(self._finish, loader)
 
-    def _finish(self, tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> Batch:
+    def _finish(self, ids: Tensor) -> Batch:
+        """A batch of ``[b, s + 1]`` ids."""
         vocabulary = self.plan.request.vocabulary
-        for token in _extremes(tokens, labels, loss_mask):
+        for token in map(int, torch.aminmax(ids)):
             if not 0 <= token < vocabulary.size:
                 raise DataError(token_outside("training data", token, vocabulary.size))
+        tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        loss_mask = torch.ones(tokens.shape)
         positions = documents = None
         if vocabulary.eod is not None:
             if self._data.reset_position_ids:
@@ -127,14 +152,6 @@ class TrainData:
             if self._data.eod_mask_loss:
                 loss_mask = loss_mask.masked_fill(tokens == vocabulary.eod, 0.0)
         return Batch(tokens, labels, loss_mask, positions, documents)
-
-
-def _extremes(tokens: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[int, int]:
-    """The smallest and the largest id of a batch from megatron-core, which turns labels of -1 into
-    0 without a loss."""
-    both = torch.cat((tokens, labels))
-    smallest = int(both.min()) if bool(loss_mask.all()) else -1
-    return smallest, int(both.max())
 
 
 def _leave_stopping_to_the_trainer(_worker: int) -> None:
@@ -177,27 +194,37 @@ def micro_batches(
             yield list(range(first, first + share.micro_batch_size))
 
 
-def _open_streams(data: DataConfig, plan: DataPlan) -> dict[DataPart, SampleStream]:
-    rows = plan.rows
-    cache = Path(data.data_cache_path or Path(rows[0].source, "cache", "GPTDataset_indices"))
-    datasets = build_samples([row.spec(plan.request) for row in rows], cache)
-    streams = {}
-    for part in plan.parts:
-        chosen = [
-            (row, dataset) for row, dataset in zip(rows, datasets, strict=True) if row.part == part
-        ]
-        weights = [row.weight for row, _ in chosen]
-        streams[part] = SampleStream([dataset for _, dataset in chosen], weights, plan.request.seed)
-    return streams
+def cache_folder(data: DataConfig, plan: DataPlan) -> Path:
+    """Where the indices of samples are kept."""
+    return Path(data.data_cache_path or Path(plan.rows[0].source, "cache", "GPTDataset_indices"))
 
 
-def _mock_streams(request: DataRequest) -> dict[DataPart, SampleStream]:
+def _open_streams(data: DataConfig, plan: DataPlan) -> dict[DataPart, StagedStream]:
+    request = plan.request
+    specs = list(dict.fromkeys(row.spec(request) for row in plan.rows))
+    samples = dict(zip(specs, build_samples(specs, cache_folder(data, plan)), strict=True))
+
+    def blend(part: DataPart, stage: int = 0) -> SampleStream:
+        rows = plan.rows_of(part, stage)
+        sources = [samples[row.spec(request)] for row in rows]
+        return SampleStream(sources, [row.weight for row in rows], request.seed)
+
+    firsts = request.stage_firsts
+    stages = [blend(DataPart.train, stage) for stage in range(len(firsts))]
+    evaluated = [part for part in plan.parts if part is not DataPart.train]
+    return {
+        DataPart.train: StagedStream(stages, firsts),
+        **{part: StagedStream([blend(part)]) for part in evaluated},
+    }
+
+
+def _mock_streams(request: DataRequest) -> dict[DataPart, StagedStream]:
     vocabulary = request.vocabulary
     eod = vocabulary.size - 1 if vocabulary.eod is None else vocabulary.eod
 
-    def stream(part: DataPart) -> SampleStream:
+    def stream(part: DataPart) -> StagedStream:
         seed = request.seed + int(part)
         samples = MockSamples(_MOCK_SAMPLES, request.seq_length, vocabulary.size, eod, seed)
-        return SampleStream([samples], [1.0], seed)
+        return StagedStream([SampleStream([samples], [1.0], seed)])
 
     return {part: stream(part) for part in request.parts}

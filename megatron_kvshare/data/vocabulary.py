@@ -57,7 +57,8 @@ def resolve_vocabulary(data: DataConfig, vocab_size: int | None) -> Vocabulary:
 
 def _from_tokenizer(data: DataConfig, vocab_size: int | None) -> Vocabulary | None:
     is_null = data.tokenizer_type == "NullTokenizer"
-    if data.tokenizer_model is None and not (is_null and vocab_size):
+    has_none = data.tokenizer_type == "ByteLevelTokenizer" or (is_null and vocab_size)
+    if data.tokenizer_model is None and not has_none:
         return None
     kind, model = data.tokenizer_type, data.tokenizer_model
     trusted = data.trust_remote_code

@@ -48,8 +48,8 @@ class Package(NamedTuple):
 REQUIRED = (
     Package("torch", "2.7", "", "tensors, autograd, NCCL and gloo"),
     Package("megatron-core", "0.16.1", "0.20", "parallel layers, optimizer, datasets, checkpoints"),
-    Package("sentencepiece", "", "", "the default tokenizer"),
-    Package("datasets", "", "", "evaluation sets for tools/lm_eval_tasks.py"),
+    Package("sentencepiece", "0.2.3", "", "the default tokenizer"),
+    Package("datasets", "", "", "Parquet, Arrow and data sets for kvshare preprocess, evaluation sets"),
     Package("pydantic", "2.7", "", "checked configuration"),
     Package("PyYAML", "", "", "--config FILE.yaml"),
     Package("rich", "", "", "the drawings of kvshare plan"),

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from megatron_kvshare.config.blend import parse_split
-from megatron_kvshare.data.documents import DocumentReader
+from megatron_kvshare.data.inputs import InputOptions, open_inputs
 from megatron_kvshare.data.token_files import open_checked
 from megatron_kvshare.data.tokenizers import Tokenizer
 from megatron_kvshare.errors import DataError, Fault
@@ -71,8 +71,8 @@ def tokens_of_text(files: tuple[str, ...], tokenizer: Tokenizer, json_key: str) 
         DataError: broken or empty files.
     """
     ids: list[int] = []
-    for document in DocumentReader(files, text_documents="file"):
-        ids += tokenizer.encode(document.texts([json_key])[0])
+    for document in open_inputs(files, InputOptions(json_keys=(json_key,))).documents():
+        ids += tokenizer.encode(document.texts[0])
         ids += [] if tokenizer.eod is None else [tokenizer.eod]
     if len(ids) < 2:
         raise DataError(Fault("--text", " ".join(files), "it holds no text", "give other files"))

@@ -23,7 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split, normalize
-from torch import distributed
+from torch import Tensor, distributed
 
 from megatron_kvshare.errors import DataError, Fault
 from megatron_kvshare.megatron_api import sample_cache
@@ -133,8 +133,31 @@ def blend_pattern(weights: list[float], size: int) -> tuple[numpy.ndarray, numpy
     return source, earlier
 
 
-def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
-    """One stock :class:`GPTDataset` per spec, with its index of samples cached in ``cache``.
+class TokenSamples:
+    """The samples of a stock ``dataset``, each as the ``seq_length + 1`` ids that tokens and labels
+    are cut from.
+
+    What the stock class makes of them, one sample at a time, is made of whole batches here; and it
+    takes ids of -1 for padding, which it turns into 0.
+    """
+
+    def __init__(self, dataset: GPTDataset) -> None:
+        self._dataset = dataset
+        for name in ("document_index", "sample_index", "shuffle_index"):
+            # The same memory, without what numpy.memmap does at every look-up.
+            setattr(dataset, name, getattr(dataset, name).view(numpy.ndarray))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Ids of sample ``index``, ``[s + 1]`` int64."""
+        # Later versions return more than ids and documents.
+        return torch.from_numpy(self._dataset._query_document_sample_shuffle_indices(index)[0])
+
+
+def build_samples(specs: list[PartSpec], cache: Path) -> list[TokenSamples]:
+    """The samples of each spec by a stock :class:`GPTDataset`, with its index cached in ``cache``.
 
     All ranks call this together. Rank 0 makes what is missing, then the others map the same files.
     Index files appear complete or not at all, so several runs may share the folder and a killed run
@@ -149,7 +172,7 @@ def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
     if _rank() == 0:
         try:
             sample_cache.fill(
-                lambda folder: [_dataset(spec, folder) for spec in specs], cache, needed
+                lambda folder: [stock_dataset(spec, folder) for spec in specs], cache, needed
             )
         except OSError as error:
             fault = Fault(
@@ -164,10 +187,11 @@ def build_samples(specs: list[PartSpec], cache: Path) -> list[GPTDataset]:
     if fault is not None:
         raise DataError(fault)
     whole = {data: sample_cache.is_whole(cache, data) for data in needed}
-    return [_cached_dataset(spec, cache, whole[spec.index_sha256]) for spec in specs]
+    return [TokenSamples(_cached_dataset(spec, cache, whole[spec.index_sha256])) for spec in specs]
 
 
-def _dataset(spec: PartSpec, cache: str) -> GPTDataset:
+def stock_dataset(spec: PartSpec, cache: str) -> GPTDataset:
+    """megatron-core's own dataset; ``cache``: the folder with its index, or for it."""
     config = GPTDatasetConfig(
         random_seed=spec.seed,
         sequence_length=spec.seq_length,
@@ -207,8 +231,10 @@ def _cached_dataset(spec: PartSpec, cache: Path, is_whole: bool) -> GPTDataset:
     """A rank may see another disk than rank 0's, or a damaged file there: not ``is_whole``."""
     if is_whole:
         with contextlib.suppress(FileNotFoundError):
-            return _dataset(spec, str(cache))
-    return _dataset(spec, "")  # the stock class keeps the index in memory when the folder is ""
+            return stock_dataset(spec, str(cache))
+    return stock_dataset(
+        spec, ""
+    )  # the stock class keeps the index in memory when the folder is ""
 
 
 def _rank() -> int:

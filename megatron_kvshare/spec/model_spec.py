@@ -12,6 +12,7 @@ from megatron_kvshare.config import ModelConfig, SharingConfig
 from megatron_kvshare.config.derive import model_shape, recipe, sharing_map
 from megatron_kvshare.costs.shape import ModelShape
 from megatron_kvshare.costs.weights import Held, Weight, stage_weights, weights
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing.map import SharingMap
 from megatron_kvshare.sharing.solver import RECIPES, Recipe
 
@@ -80,8 +81,7 @@ class ModelSpec:
             "tokenizer": self.tokenizer,
             "norm_epsilon": model.norm_epsilon,
             "rotary_base": model.rotary_base,
-            "use_rope_scaling": model.use_rope_scaling,
-            **(_rope_scaling(model) if model.use_rope_scaling else {}),
+            **_rope_identity(model),
         }
 
     @cached_property
@@ -104,10 +104,14 @@ class ModelSpec:
         return stage_weights(self.shape, self.map, stage)
 
 
-def _rope_scaling(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "rope_scaling_factor": model.rope_scaling_factor,
-        "rope_low_freq_factor": model.rope_low_freq_factor,
-        "rope_high_freq_factor": model.rope_high_freq_factor,
-        "rope_original_max_positions": model.rope_original_max_positions,
-    }
+def _rope_identity(model: ModelConfig) -> dict[str, Any]:
+    """What of it weights belong to. Llama 3's has the form that it had before there were others."""
+    kind = model.rope_scaling
+    identity: dict[str, Any] = {"use_rope_scaling": kind == "llama3"}
+    if kind is None:
+        return identity
+    if kind != "llama3":
+        identity["rope_scaling_type"] = kind
+    if kind == "dynamic":  # stretches what is longer than this
+        identity["max_position_embeddings"] = model.max_positions
+    return identity | {name: getattr(model, name) for name in ROPE_SETTINGS[kind]}

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
+from megatron_kvshare.config.data_files import DataStage, read_stages
 from megatron_kvshare.config.deepspeed import told, zero_of
 from megatron_kvshare.config.derive import (
     BatchLayout,
@@ -34,7 +35,8 @@ class RunPlan:
     """``plan``: the sweeps of training; ``placement``: which stage holds which layers; ``batch``:
     how a global batch is spread over ``world_size`` processes; ``deepspeed``: what
     ``deepspeed.initialize`` is given as its configuration, None where megatron-core trains;
-    ``warnings``: of what its file says, one sentence each."""
+    ``warnings``: of what its file says, one sentence each; ``data_stages``: blends that take the
+    place of the training data on the way."""
 
     config: PretrainConfig
     world_size: int
@@ -44,13 +46,15 @@ class RunPlan:
     batch: BatchLayout
     deepspeed: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
+    data_stages: tuple[DataStage, ...] = ()
 
     @classmethod
     def of(cls, config: PretrainConfig, world_size: int) -> RunPlan:
         """``config`` has passed the rules, for so many processes too.
 
         Raises:
-            ConfigError: DeepSpeed's JSON file says something else, or cannot be read.
+            ConfigError: DeepSpeed's JSON file says something else, or it or that of the data's
+                stages cannot be read.
         """
         engine = told(config, world_size) if config.deepspeed.is_engine else None
         config = config if engine is None else engine.config
@@ -64,6 +68,7 @@ class RunPlan:
             batch=batch_layout(config, world_size),
             deepspeed=None if engine is None else engine.json,
             warnings=() if engine is None else engine.warnings,
+            data_stages=read_stages(config.data),
         )
 
     @property

@@ -16,7 +16,7 @@ class Console:
         self._lost = 0
 
     def write(self, record: dict[str, Any]) -> None:
-        arrived = say(self._valid(record) if "valid_loss" in record else self._train(record))
+        arrived = say(self._text(record))
         if not arrived and not self._lost:
             complain("warning: standard output cannot be written; the run goes on without it")
         if arrived and self._lost:
@@ -29,9 +29,15 @@ class Console:
     def _at(self, record: dict[str, Any]) -> str:
         return f"step {record['step']:>{len(str(self._total))}}/{self._total}"
 
-    def _valid(self, record: dict[str, Any]) -> str:
-        loss, perplexity = record["valid_loss"], record["valid_perplexity"]
-        text = f"{self._at(record)} | validation loss {loss:.4f} | perplexity {perplexity:.2f}"
+    def _text(self, record: dict[str, Any]) -> str:
+        for part, name in (("valid", "validation"), ("test", "test")):
+            if f"{part}_loss" in record:
+                return self._evaluation(record, part, name)
+        return self._train(record)
+
+    def _evaluation(self, record: dict[str, Any], part: str, name: str) -> str:
+        loss, perplexity = record[f"{part}_loss"], record[f"{part}_perplexity"]
+        text = f"{self._at(record)} | {name} loss {loss:.4f} | perplexity {perplexity:.2f}"
         gap = record.get("valid_kv_gap")
         return text if gap is None else f"{text} | exact {gap:+.4f}"
 
@@ -46,6 +52,8 @@ class Console:
             f"{record['tflops']:.3g} TFLOP/s",
             f"MFU {record['mfu']:.1%}",
         ]
+        if "data_stage" in record:
+            parts.append(f"data stage {record['data_stage']}")
         if "memory_allocated_gib" in record:
             allocated, reserved = record["memory_allocated_gib"], record["memory_reserved_gib"]
             parts.append(f"memory {allocated:.1f} of {reserved:.1f} GiB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron_kvshare.megatron_api.datasets import DataPart
 from megatron_kvshare.pipeline.runner import Pass, Sums
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import (
@@ -38,17 +39,19 @@ class Evaluation(NamedTuple):
     kv_residuals: tuple[float, ...]
 
 
-def evaluate(run: Run) -> Evaluation:
-    """Loss by the sweeps of an evaluation, and how far it is from exact."""
+def evaluate(run: Run, part: DataPart = DataPart.valid) -> Evaluation:
+    """Loss by the sweeps of an evaluation, and how far it is from exact; of test data the loss
+    alone."""
     train, sharing = run.config.train, run.config.sharing
-    gap_iters = min(sharing.kv_gap_iters, train.eval_iters) if run.plan.map.is_cyclic else 0
+    measures_gap = run.plan.map.is_cyclic and part is DataPart.valid
+    gap_iters = min(sharing.kv_gap_iters, train.eval_iters) if measures_gap else 0
     gap = None
     for stage in run.engine.stages:
         stage.eval()
     with run.engine.evaluating():
-        sums = validation_sums(run, run.planned.evaluation_plan, train.eval_iters)
+        sums = evaluation_sums(run, run.planned.evaluation_plan, train.eval_iters, part)
         if gap_iters:
-            exact = validation_sums(run, _exact_plan(run), gap_iters)
+            exact = evaluation_sums(run, _exact_plan(run), gap_iters)
             same = sums.first(gap_iters * run.planned.batch.num_microbatches)
             gap = exact.mean_loss - same.mean_loss
     for stage in run.engine.stages:
@@ -56,11 +59,14 @@ def evaluate(run: Run) -> Evaluation:
     return Evaluation(sums.mean_loss, gap, kv_residuals(run, sums))
 
 
-def validation_sums(run: Run, plan: ExecutionPlan, batches: int) -> Sums:
-    """Of the first global batches of the validation split, by ``plan``; inside
+def evaluation_sums(
+    run: Run, plan: ExecutionPlan, batches: int, part: DataPart = DataPart.valid
+) -> Sums:
+    """Of the first global batches of ``part``, by ``plan``; inside
     :meth:`~megatron_kvshare.engines.engine.Engine.evaluating`."""
     how = Pass(plan, measure_residual=bool(plan.groups), forward_only=True)
-    return run.engine.evaluate(on_device(run, run.data.valid_batches(), VALIDATION), how, batches)
+    data = run.data.test_batches() if part is DataPart.test else run.data.valid_batches()
+    return run.engine.evaluate(on_device(run, data, VALIDATION), how, batches)
 
 
 def _exact_plan(run: Run) -> ExecutionPlan:

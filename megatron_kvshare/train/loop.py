@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from megatron_kvshare.checkpoint.manifest import Alarm
+from megatron_kvshare.megatron_api.datasets import DataPart
 from megatron_kvshare.sharing.solver import with_more_sweeps
 from megatron_kvshare.train.agreement import LOST, StopWish, reason, together, warn
 from megatron_kvshare.train.anomaly import (
@@ -24,10 +26,16 @@ from megatron_kvshare.train.saving import save, settle
 from megatron_kvshare.train.step import train_step
 
 
-def train(run: Run, metrics: Metrics, wish: StopWish, profiling: Profiling) -> float | None:
-    """Train up to ``train_iters``, or until ``wish``; returns the loss of the final evaluation.
+class FinalLosses(NamedTuple):
+    """Of the evaluations at the end of a run; None where there was none: evaluation is off, or the
+    run was stopped before its end, or there is no test data."""
 
-    None where there is none: evaluation is off, or the run was stopped by ``wish``.
+    valid: float | None = None
+    test: float | None = None
+
+
+def train(run: Run, metrics: Metrics, wish: StopWish, profiling: Profiling) -> FinalLosses:
+    """Train up to ``train_iters``, or until ``wish``.
 
     Raises:
         TrainingError: too many bad steps, or one where the policy is to stop, or divergence where
@@ -58,6 +66,7 @@ def train(run: Run, metrics: Metrics, wish: StopWish, profiling: Profiling) -> f
         if logged or stop or result.skipped or alarms:
             marks = {"skipped": bool(result.skipped) or None, "diverging": bool(alarms) or None}
             extra = residual_fields(result.kv_residuals) | memory_fields(run.state) | marks
+            extra |= {"data_stage": _data_stage(run)}
             metrics.train(run.progress, result.loss, result.lr, result.grad_norm, **extra)
         with metrics.watch.paused():
             if train.eval_iters and not stop and (last or _due(step, train.eval_interval)):
@@ -70,9 +79,13 @@ def train(run: Run, metrics: Metrics, wish: StopWish, profiling: Profiling) -> f
                 raise error
         if last or stop:
             run.stopped_by = _stopped_by(run, result)
-            return None if stop else valid_loss
+            if stop:
+                return FinalLosses()
+            if (test_loss := _test(run)) is not None:
+                metrics.test(step, test_loss)
+            return FinalLosses(valid_loss, test_loss)
     # A run that was resumed with nothing left to train.
-    return evaluate(run).loss if train.eval_iters else None
+    return FinalLosses(evaluate(run).loss if train.eval_iters else None, _test(run))
 
 
 def advance(run: Run, metrics: Metrics, result: StepResult) -> Sequence[Alarm]:
@@ -89,6 +102,7 @@ def advance(run: Run, metrics: Metrics, result: StepResult) -> Sequence[Alarm]:
         samples=run.progress.samples + samples,
         tokens=run.progress.tokens + tokens,
         skipped_steps=run.progress.skipped_steps + bool(result.skipped),
+        tokens_by_source=_tokens_by_source(run, samples),
         health=after_step(before, result, step, clip_grad, run.spec.vocab_size),
     )
     metrics.watch.add_step(tokens)
@@ -98,6 +112,27 @@ def advance(run: Run, metrics: Metrics, result: StepResult) -> Sequence[Alarm]:
     for alarm in alarms:
         warn(run.state, divergence_text(alarm, run.planned))
     return alarms
+
+
+def _tokens_by_source(run: Run, samples: int) -> dict[str, int]:
+    """With those of the step that has just ended."""
+    known, first = run.progress.tokens_by_source, run.progress.samples
+    new = run.data.tokens_by_source(first, first + samples)
+    return known | {source: known.get(source, 0) + count for source, count in new.items()}
+
+
+def _data_stage(run: Run) -> int | None:
+    """The stage of the data, from 1, that the last step ended in; None where there is one only."""
+    if not run.planned.data_stages:
+        return None
+    return run.data.stage_of(run.progress.samples - 1) + 1
+
+
+def _test(run: Run) -> float | None:
+    """On test data, at the end of the last step and there only."""
+    is_over = run.progress.step >= run.config.train.train_iters
+    reads = DataPart.test in run.data.plan.parts
+    return evaluate(run, DataPart.test).loss if is_over and reads else None
 
 
 def _validate(run: Run, metrics: Metrics) -> float:

@@ -64,10 +64,12 @@ class Metrics:
     ``tflops`` (per device, of what the sweeps need after skipping), ``mfu``, ``eta_seconds``,
     ``skipped_steps`` and for cyclic maps ``kv_residual`` (of the last sweep) and ``kv_residual_1``,
     ``kv_residual_2``, ... (of every sweep), on GPUs ``memory_allocated_gib`` and
-    ``memory_reserved_gib``, see :func:`memory_fields`; ``skipped`` is there, and true, on a
-    step that changed nothing. A validation record has ``step``, ``valid_loss``,
+    ``memory_reserved_gib``, see :func:`memory_fields`; ``tokens_by_source``: the same tokens by
+    the prefix of their data; ``data_stage``, from 1, where there are several; ``skipped`` is there,
+    and true, on a step that changed nothing. A validation record has ``step``, ``valid_loss``,
     ``valid_perplexity`` and for cyclic maps ``valid_kv_gap`` (exact minus iterated loss) and
-    ``valid_kv_residual...`` as above. Numbers are not rounded.
+    ``valid_kv_residual...`` as above; one of test data ``step``, ``test_loss`` and
+    ``test_perplexity``. Numbers are not rounded.
     """
 
     def __init__(
@@ -99,6 +101,8 @@ class Metrics:
             "eta_seconds": steps_left * self.watch.seconds_per_step(),
             "skipped_steps": progress.skipped_steps,
         }
+        if progress.tokens_by_source:
+            record["tokens_by_source"] = progress.tokens_by_source
         record |= {name: value for name, value in extra.items() if value is not None}
         self._write(record)
 
@@ -107,6 +111,10 @@ class Metrics:
         record: Record = {"step": step, "valid_loss": loss, "valid_perplexity": perplexity(loss)}
         record |= {f"valid_{name}": value for name, value in extra.items() if value is not None}
         self._write(record)
+
+    def test(self, step: int, loss: float) -> None:
+        """Log the evaluation of test data."""
+        self._write({"step": step, "test_loss": loss, "test_perplexity": perplexity(loss)})
 
     def close(self) -> None:
         """Flush and close all sinks."""

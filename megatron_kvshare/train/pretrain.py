@@ -65,11 +65,11 @@ def _pretrain(
             at_the_end.callback(run.saver.close)
         limit = 60 * run.config.parallel.distributed_timeout_minutes
         with watched(pulse, state, limit, owner.release):
-            valid_loss = train(run, metrics, wish, profiling)
+            losses = train(run, metrics, wish, profiling)
     with together(state), contextlib.suppress(OSError):
         owner.check()
     if state.is_first:
-        say("\n" + report.end(run, valid_loss, typed))
+        say("\n" + report.end(run, losses, typed))
     return run
 
 

@@ -21,6 +21,7 @@ from megatron_kvshare.tables import maps as draw
 from megatron_kvshare.tables.engines import engine_lines
 from megatron_kvshare.tables.stages import stage_lines
 from megatron_kvshare.train.learning_rate import commands_to_train_on, without
+from megatron_kvshare.train.loop import FinalLosses
 from megatron_kvshare.train.metrics import perplexity
 from megatron_kvshare.train.run import Run
 
@@ -44,7 +45,7 @@ def start(planned: RunPlan, spec: ModelSpec, data: DataPlan, device: str) -> str
             *_model_lines(planned, spec),
             *_layout_lines(planned, spec, device),
             "Data",
-            *_indented(data.lines()),
+            *_indented([*data.lines(), *data.notes()]),
         ]
     )
 
@@ -109,7 +110,7 @@ def mib(size: int) -> str:
     return f"{size / _MIB:,.0f} MiB"
 
 
-def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
+def end(run: Run, losses: FinalLosses, typed: Typed) -> str:
     """Final perplexity, where the checkpoint is and what to do next."""
     progress, total = run.progress, run.config.train.train_iters
     lines = [f"Done: {progress.step:,} steps, {progress.tokens:,} tokens."]
@@ -120,10 +121,11 @@ def end(run: Run, valid_loss: float | None, typed: Typed) -> str:
     lines += _signs_of_divergence(progress.health)
     if progress.skipped_steps:
         lines.append(f"{progress.skipped_steps} steps were skipped (NaN, Inf or a spike).")
-    if valid_loss is not None:
-        lines.append(
-            f"Validation loss {valid_loss:.4f}, validation perplexity {perplexity(valid_loss):.2f}."
-        )
+    for name, loss in (("validation", losses.valid), ("test", losses.test)):
+        if loss is not None:
+            lines.append(
+                f"{name.capitalize()} loss {loss:.4f}, {name} perplexity {perplexity(loss):.2f}."
+            )
     if run.saved is None:
         return "\n".join(lines)
     lines += [f"Checkpoint: {run.saved}", "Next:"]

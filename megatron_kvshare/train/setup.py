@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,7 +13,12 @@ from megatron_kvshare.checkpoint.load import (
     find_checkpoint,
     newest_sound,
 )
-from megatron_kvshare.checkpoint.manifest import Health, Progress, check_data
+from megatron_kvshare.checkpoint.manifest import (
+    Health,
+    Progress,
+    check_data,
+    tokens_after_move,
+)
 from megatron_kvshare.checkpoint.save import Saver
 from megatron_kvshare.config import CheckpointConfig, PretrainConfig
 from megatron_kvshare.data import train_data
@@ -44,6 +50,8 @@ def data_request(planned: RunPlan, vocabulary: Vocabulary) -> DataRequest:
         eval_iters=config.train.eval_iters,
         seed=config.train.seed,
         vocabulary=vocabulary,
+        stages=planned.data_stages,
+        reads_test=bool(config.data.test_data_path),
     )
 
 
@@ -70,6 +78,10 @@ def prepare(
         found = find_checkpoint(settings, spec.identity, state.world_size, iteration)
         changes = [] if found is None else check_data(found.manifest, data.identity, settings)
     warn(state, *(f"--data-change-ok: {change}" for change in changes))
+    warn(state, *data.plan.warnings(config.data.max_epochs))
+    progress = Progress(health=Health(fresh=True)) if found is None else found.progress
+    if found is not None and progress.samples:
+        progress = _with_sources(found, data, changed=bool(changes))
     warn(state, *_schedule_changes(config, found))
     pulse.beat(COMPILING)
     spec = with_sound_kernels(spec, planned.plan, config.train.micro_batch_size, state)
@@ -91,7 +103,7 @@ def prepare(
         state=state,
         data=data,
         engine=engine,
-        progress=Progress(health=Health(fresh=True)) if found is None else found.progress,
+        progress=progress,
         pulse=pulse,
         owner=owner,
         saver=Saver(config.checkpoint, state, owner.check) if config.checkpoint.save else None,
@@ -99,6 +111,20 @@ def prepare(
         continued=None if found is None or settings.finetune else found.folder,
         tracking={} if found is None or settings.finetune else found.manifest.tracking,
     )
+
+
+def _with_sources(found: Found, data: train_data.TrainData, changed: bool) -> Progress:
+    """The progress of a checkpoint, with tokens by the names that the sources have today.
+
+    Before format 9 they were not counted: what the data says has been read is what was read, unless
+    it has changed; then they count from here on.
+    """
+    stored = found.progress
+    if stored.tokens_by_source:
+        names = tokens_after_move(stored.tokens_by_source, found.manifest.data, data.identity)
+    else:
+        names = {} if changed else data.tokens_by_source(0, stored.samples)
+    return replace(stored, tokens_by_source=names)
 
 
 def _schedule_changes(config: PretrainConfig, found: Found | None) -> list[str]:

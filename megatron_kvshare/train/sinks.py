@@ -195,7 +195,7 @@ def promised_checkpoints(config: PretrainConfig) -> list[str]:
 
 
 class TensorBoard:
-    """Event files; a record's fields become ``train/...`` or ``valid/...``."""
+    """Event files; a record's fields become ``train/...``, ``valid/...`` or ``test/...``."""
 
     def __init__(self, folder: str, step: int) -> None:
         """``step``: the last one that stays; later events of an earlier part are purged."""
@@ -251,10 +251,14 @@ class Wandb:
 
 
 def _tagged(record: Record) -> dict[str, float]:
-    part = "valid" if "valid_loss" in record else "train"
+    part = next((name for name in ("valid", "test") if f"{name}_loss" in record), "train")
+    numbers = {name: value for name, value in record.items() if not isinstance(value, dict)}
+    for name, values in record.items():
+        if isinstance(values, dict):
+            numbers |= {f"{name}/{key}": value for key, value in values.items()}
     return {
-        f"{part}/{name.removeprefix('valid_')}": float(value)
-        for name, value in record.items()
+        f"{part}/{name.removeprefix(f'{part}_')}": float(value)
+        for name, value in numbers.items()
         if name != "step"
     }
 

@@ -65,6 +65,7 @@ def _engine(vllm_config: VllmConfig) -> Engine:
         context_ranks=parallel.decode_context_parallel_size
         * parallel.prefill_context_parallel_size,
         fast_prefill=cache.kv_sharing_fast_prefill,
+        adapters=vllm_config.lora_config is not None,
         cache_dtype=cache.cache_dtype,
         unquantised_layers=tuple(cache.kv_cache_dtype_skip_layers),
         longest=vllm_config.model_config.max_model_len,

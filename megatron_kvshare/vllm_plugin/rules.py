@@ -53,6 +53,7 @@ class Engine:
     tensor_ranks: int
     context_ranks: int
     fast_prefill: bool
+    adapters: bool
     cache_dtype: str
     unquantised_layers: tuple[str, ...]
     longest: int
@@ -118,7 +119,7 @@ def _model_faults(
 
 
 def _rope_faults(rope: Mapping[str, Any], engine: Engine) -> Iterator[Fault]:
-    where, fix = "config.json: rope_parameters", "`kvshare serve` serves this model"
+    where, fix = "config.json: rope_parameters", "transformers generates with this model"
     kind = rope["rope_type"]
     if kind not in _ROPE:
         usual = f"vLLM's are known to equal transformers' for {', '.join(_ROPE)} only"
@@ -139,6 +140,9 @@ def _engine_faults(sharing: SharingMap, engine: Engine) -> Iterator[Fault]:
     if engine.fast_prefill:
         rule = "the model would have to leave out layers for it, without that its text is wrong"
         yield Fault("--kv-sharing-fast-prefill", True, rule, "leave it out")
+    if engine.adapters:
+        rule = "adapters have not been tried on layers that project queries alone"
+        yield Fault("--enable-lora", True, rule, "merge the adapter into the weights of the export")
     cut = [
         layer for stage in engine.stages for layer in stage if sharing.sources[layer] not in stage
     ]

@@ -93,14 +93,16 @@ def run_pretrain(
 
 
 def config_of(layout: Layout, flags: list[str]) -> PretrainConfig:
-    """`SMALL` on a layout, with more flags."""
+    """`SMALL` on a layout, with more flags; its made-up tokens give way to data."""
+    has_data = any("data" in flag and flag.endswith("-path") for flag in flags)
+    small = [word for word in SMALL if word != "--mock-data" or not has_data]
     tensor = ["--tensor-model-parallel-size", str(layout.tensor)]
     sequence = ["--sequence-parallel"] if layout.sequence_parallel else []
     stages = ["--pipeline-model-parallel-size", str(layout.pipeline)]
     if layout.virtual > 1:
         stages += ["--num-layers-per-virtual-pipeline-stage", "1"]
     completed = partial(with_recipe_of_checkpoint, say=print)
-    return parse_pretrain([*SMALL, *tensor, *sequence, *stages, *flags], completed=completed)
+    return parse_pretrain([*small, *tensor, *sequence, *stages, *flags], completed=completed)
 
 
 def save_again_and_go_on(state: ParallelState, layout: Layout, flags: list[str]) -> list[Record]:

@@ -36,6 +36,7 @@ def one(job: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
     prompts = [{"prompt_token_ids": prompt} for prompt in common["prompts"]]
     outputs = [request.outputs[0] for request in llm.generate(prompts, sampling)]
     settings = llm.llm_engine.vllm_config
+    caches = llm.collective_rpc("get_kv_cache_spec")[0]
     found = {
         "tokens": [list(output.token_ids) for output in outputs],
         "logprobs": [
@@ -43,6 +44,7 @@ def one(job: dict[str, Any], common: dict[str, Any]) -> dict[str, Any]:
             for output in outputs
         ],
         "cache tokens": settings.cache_config.num_gpu_blocks * settings.cache_config.block_size,
+        "caches": {name: type(spec).__name__ for name, spec in caches.items()},
         "chunked": settings.scheduler_config.enable_chunked_prefill,
         "architecture": settings.model_config.architecture,
     }

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.nightly
 QUICK = {
     "train_step": ("--rounds", "1", "--maps", "pizza-bottom", "sandwich-top"),
     "checkpoint": ("--rounds", "1"),
+    "preprocess": ("--pairs", "1", "--mb", "1", "--memory-mb", "2"),
+    "loader": ("--rounds", "1", "--batches", "20"),
     "pipeline": ("--microbatches", "2", "--png", "pipeline.png"),
     "recipes_1b": (
         *("--config", str(ROOT / "examples" / "configs" / "small.yaml")),

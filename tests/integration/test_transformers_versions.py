@@ -28,6 +28,7 @@ MODELS = {
     "windows": (build_map(8, "yoco"), "paper"),
     "standard": (build_map(8, "standard"), "paper"),
 }
+NUMBERS = ("logits", "hidden", "packed", "second alone", "tuple", "yarn", "scores")
 
 
 def used(packages: Path, folder: Path) -> dict:
@@ -60,8 +61,11 @@ def test_an_export_does_the_same(version, name, models):
     assert wanted["alone"][0] == [row[3:] for row in wanted["greedy"]][1]
     assert got["packed"] == pytest.approx(got["second alone"], abs=2e-4)
     for kind in got:
-        if kind in ("logits", "hidden", "packed", "second alone", "tuple", "yarn"):
+        if kind in NUMBERS:
             assert got[kind] == pytest.approx(wanted[kind], abs=2e-4), kind
+        elif kind in ("states", "weights"):  # of each layer
+            for ours, theirs in zip(got[kind], wanted[kind], strict=True):
+                assert ours == pytest.approx(theirs, abs=2e-4), kind
         elif kind == "gradients":
             assert got[kind] == pytest.approx(wanted[kind], rel=1e-3, abs=2e-4)
         else:

@@ -8,7 +8,12 @@ import sys
 
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    StaticCache,
+)
 
 TOKENS = torch.tensor([[7, 3, 9, 12, 5, 11, 2], [1, 1, 1, 4, 8, 6, 10]])
 MASK = torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])
@@ -38,6 +43,15 @@ def main(folder: str) -> dict:
     packed = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]]), "use_cache": False}
     found["packed"] = rounded(model(TOKENS[:1], **packed).logits[:, -1])
     found["second alone"] = rounded(model(TOKENS[:1, 4:]).logits[:, -1])
+    eager = {**load, "attn_implementation": "eager"}
+    plain = AutoModelForCausalLM.from_pretrained(folder, **eager).eval()
+    seen = plain(TOKENS, output_hidden_states=True, output_attentions=True)
+    found["states"] = [rounded(x[:, -1].sum(-1)) for x in seen.hidden_states]
+    found["weights"] = [rounded(x[:, :, -1].max(-1).values) for x in seen.attentions]
+    head = {**load, "num_labels": 2, "pad_token_id": 0}
+    labelled = AutoModelForSequenceClassification.from_pretrained(folder, **head).eval()
+    torch.nn.init.constant_(labelled.score.weight, 0.1)
+    found["scores"] = rounded(labelled(TOKENS).logits)
     found["tuple"] = rounded(model(TOKENS, return_dict=False)[0][:, -1])
     scaling = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}
     scaling["original_max_position_embeddings"] = 16

@@ -103,7 +103,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 TRANSFORMERS = Elsewhere("transformers, for every model alike")
 GENERATION = Elsewhere("the generation config")
-HEADS = Elsewhere("heads for classification, which exports have not")
+HEADS = Elsewhere("heads for classification: test_export_heads")
 
 CONFIG: dict[str, Does | Refuses | Elsewhere] = {
     "vocab_size": Does(48),
@@ -128,15 +128,15 @@ CONFIG: dict[str, Does | Refuses | Elsewhere] = {
     "mlp_bias": Refuses(True),
     "attention_dropout": Refuses(0.1),
     "pretraining_tp": Refuses(2),
-    "output_hidden_states": Refuses(True),
-    "output_attentions": Refuses(True),
-    "chunk_size_feed_forward": Refuses(4),
+    "output_hidden_states": Does(True),
+    "output_attentions": Does(True),
+    "chunk_size_feed_forward": Elsewhere("no model reads it that computes whole rows"),
     "is_encoder_decoder": Refuses(True),
     "is_causal": Refuses(False),
     "sliding_window": Refuses(4),
     "layer_types": Refuses(["sliding_attention"] * 2),
     "per_layer_config": Refuses({0: {"intermediate_size": 16}}),
-    "tie_last_hidden_states": Refuses(True),
+    "tie_last_hidden_states": Does(False, {"output_hidden_states": True}),
     "add_cross_attention": Refuses(True),
     "torchscript": Refuses(True),
     "pruned_heads": Refuses({0: [1]}),
@@ -173,8 +173,8 @@ ARGUMENTS: dict[str, Does | Refuses | Elsewhere] = {
     "cu_seq_lens_k": Elsewhere("test_packed_exports"),
     "max_length_q": Elsewhere("test_packed_exports"),
     "max_length_k": Elsewhere("test_packed_exports"),
-    "output_hidden_states": Refuses(True),
-    "output_attentions": Refuses(True),
+    "output_hidden_states": Does([0, -1, 7]),
+    "output_attentions": Does(True),
     "output_router_logits": Refuses(True),
     "is_causal": Refuses(False),
     "cache_position": Refuses(torch.arange(1, 10)),
@@ -341,14 +341,30 @@ def test_a_given_cache_is_read_whatever_use_cache_says():
     assert_same(*reversed(found))
 
 
-@pytest.mark.parametrize(
-    "name", ["flex_attention", "paged|flash_attention_2", "paged|sdpa", "mine"]
-)
+@pytest.mark.parametrize("name", ["paged|flash_attention_2", "paged|sdpa", "mine"])
 def test_attention_implementations_without_masks_are_refused(name):
     model = ours()
     model.config._attn_implementation = name
-    with pytest.raises(ValueError, match="take sdpa, eager or flash_attention"):
+    with pytest.raises(ValueError, match="take sdpa, eager, flex_attention or flash_attention"):
         model(TOKENS)
+
+
+def test_attention_is_chosen_as_in_llama():
+    for model in (llama(), ours()):
+        for name in ("sdpa", "eager", "flex_attention"):
+            model.set_attn_implementation(name)
+            assert model.config._attn_implementation == name
+        with pytest.raises(ValueError, match="not supported"):
+            model.set_attn_implementation("mine")
+
+
+def test_a_gap_in_a_mask_counts():
+    """Tokens after one keep their positions; text with gaps is no text of Llama's own."""
+    gaps = MASK.clone()
+    gaps[0, [2, 3, 5]] = 0
+    wanted, got = (make().eval()(TOKENS, attention_mask=gaps).logits for make in (llama, ours))
+    difference = (got - wanted)[gaps.bool()].abs().max()
+    assert difference <= LIMIT * wanted.abs().max()
 
 
 def test_trainer_knows_what_to_do_with_labels_and_outputs():

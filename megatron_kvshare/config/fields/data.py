@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_kvshare.config.fields.types import SCHEMA, Index, dataclass
+from megatron_kvshare.config.fields.types import SCHEMA, Index, Positive, dataclass
 
-TokenizerType = Literal["SentencePieceTokenizer", "HuggingFaceTokenizer", "NullTokenizer"]
+TokenizerType = Literal[
+    "SentencePieceTokenizer",
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+    "ByteLevelTokenizer",
+    "NullTokenizer",
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)
@@ -19,6 +25,17 @@ class DataConfig:
     """Training data only, instead of --data-path with --split."""
     valid_data_path: tuple[str, ...] = ()
     """Validation data only."""
+    test_data_path: tuple[str, ...] = ()
+    """Test data only: read once, by --eval-iters batches, when the run has come to its end."""
+    data_args_path: str | None = None
+    """File with the words of --data-path, for long blends."""
+    per_split_data_args_path: str | None = None
+    """JSON file with the words of --train-data-path, --valid-data-path and --test-data-path, under
+    the keys train, valid and test."""
+    data_stages: str | None = None
+    """YAML file with blends that take the place of the training data from a step or token on."""
+    max_epochs: Positive | None = None
+    """Refuse a run that reads a training source more often than this."""
     split: str = "969,30,1"
     """Shares of training, validation and test documents of --data-path."""
     data_cache_path: str | None = None
@@ -26,7 +43,7 @@ class DataConfig:
     mock_data: bool = False
     """Train on made-up tokens (no files needed)."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """Kind of tokenizer."""
+    """Kind of tokenizer; TikTokenizer is for files of tiktoken, ByteLevelTokenizer has no file."""
     tokenizer_model: str | None = None
     """Tokenizer file (SentencePiece) or folder (Hugging Face)."""
     trust_remote_code: bool = False

@@ -46,9 +46,12 @@ class ModelConfig:
     rotary_base: Positive = 10000.0
     """Base (theta) of the rotary embedding; Llama 3 uses 500000."""
     use_rope_scaling: bool = False
-    """Stretch the rotary frequencies as Llama 3.1 does."""
+    """Stretch the rotary frequencies as Llama 3.1 does: --rope-scaling-type llama3."""
+    rope_scaling_type: Literal["llama3", "linear", "dynamic", "yarn"] | None = None
+    """How the rotary frequencies are stretched, by transformers' names: long wavelengths (llama3,
+    yarn), all of them (linear), or all in texts longer than --max-position-embeddings (dynamic)."""
     rope_scaling_factor: Positive = 8.0
-    """Llama 3 RoPE scaling: by how much long wavelengths are stretched."""
+    """RoPE scaling: by how much wavelengths are stretched."""
     rope_low_freq_factor: Positive = 1.0
     """Llama 3 RoPE scaling: wavelengths above the original length / this factor are stretched
     fully."""
@@ -56,7 +59,21 @@ class ModelConfig:
     """Llama 3 RoPE scaling: wavelengths below the original length / this factor stay as they
     are."""
     rope_original_max_positions: Count = 8192
-    """Llama 3 RoPE scaling: the sequence length before stretching."""
+    """RoPE scaling of llama3 and yarn: the sequence length before stretching."""
+    yarn_beta_fast: Positive = 32.0
+    """YaRN: wavelengths that turn more often than this in the original length stay as they are."""
+    yarn_beta_slow: Positive = 1.0
+    """YaRN: wavelengths that turn less often than this in the original length are stretched
+    fully."""
+    yarn_mscale: NonNegative | None = None
+    """YaRN: with --yarn-mscale-all-dim, what the logarithm of the factor is multiplied by in the
+    scale of queries and keys; left out: 1 (and 0 for the other)."""
+    yarn_mscale_all_dim: NonNegative | None = None
+    """YaRN: the same in what that scale is divided by."""
+    yarn_attention_factor: NonNegative | None = None
+    """YaRN: the scale of queries and keys itself; left out: follows from factor and mscale."""
+    yarn_correction_range_round_to_int: bool = True
+    """YaRN: round the range in which wavelengths are stretched in part to whole dimensions."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output head weights of its own instead of the embedding's."""
     init_method_std: NonNegative = 0.02
@@ -101,6 +118,11 @@ class ModelConfig:
     def query_groups(self) -> int:
         """Number of KV heads."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def rope_scaling(self) -> str | None:
+        """Kind of rotary scaling, by either of the two flags."""
+        return self.rope_scaling_type or ("llama3" if self.use_rope_scaling else None)
 
     @property
     def max_positions(self) -> int:

@@ -46,6 +46,11 @@ _VIRTUAL = Refused(
 _MOE = Refused("mixture of experts is not supported", "leave it out: every layer is dense")
 _FP16 = Refused("fp16 and its loss scaling are not supported", "use --bf16, or neither for fp32")
 _FP8 = Refused("8-bit training is not supported", "use --bf16")
+_GPT2_FILES = Refused(
+    "the files of a tokenizer are given by their folder",
+    "use --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER, with the two in it as"
+    " vocab.json and merges.txt",
+)
 _IN_JSON = Refused(
     "DeepSpeed's sizes stand in its JSON file",
     "write it in the zero_optimization of --deepspeed-config",
@@ -64,7 +69,11 @@ _ACCEPTED: dict[str, Accepted] = {
     "use_rotary_position_embeddings": _ON,
     "no_position_embedding": _ON,
     "normalization": Accepted(("RMSNorm",), "the model uses RMSNorm only"),
-    "position_embedding_type": Accepted(("rope",), "the model uses rotary embeddings only"),
+    "position_embedding_type": Accepted(
+        ("rope",),
+        "the model uses rotary embeddings only",
+        "use --position-embedding-type rope, with --rope-scaling-type yarn for yarn",
+    ),
     "rotary_percent": Accepted(("1.0",), "the whole head is rotated"),
     "use_mcore_models": _ON,
     "use_flash_attn": _ON,
@@ -163,16 +172,8 @@ _REFUSED: dict[str, Refused] = {
     "distribute_saved_activations": Refused(
         "saved activations are not distributed", "use --sequence-parallel"
     ),
-    "vocab_file": Refused("GPT-2 vocabulary files are not read", "use --tokenizer-model"),
-    "merge_file": Refused("GPT-2 merge files are not read", "use --tokenizer-model"),
-    "per_split_data_args_path": Refused(
-        "paths are flags here", "use --train-data-path and --valid-data-path"
-    ),
-    "test_data_path": Refused(
-        "a run reads training and validation data only",
-        "leave it out; score the model after training with `kvshare evaluate --data-path PREFIX`",
-    ),
-    "data_args_path": Refused("paths are flags here", "use --data-path, or data_path in --config"),
+    "vocab_file": _GPT2_FILES,
+    "merge_file": _GPT2_FILES,
     "wandb_entity": Refused("wandb reads it itself", "set the environment variable WANDB_ENTITY"),
     "tensorboard_log_interval": Refused("all logs share one interval", "use --log-interval"),
     "add_bias_linear": Refused("linear layers have no biases", _LLAMA),
@@ -183,7 +184,8 @@ _REFUSED: dict[str, Refused] = {
     "apply_layernorm_1p": Refused("RMSNorm has a plain weight", _LLAMA),
     "rotary_interleaved": Refused("rotary halves are not interleaved", _LLAMA),
     "rotary_seq_len_interpolation_factor": Refused(
-        "positions are not interpolated linearly", "use --use-rope-scaling (Llama 3)"
+        "the rotary embedding is stretched by one pair of flags",
+        "use --rope-scaling-type linear --rope-scaling-factor N",
     ),
     "multi_latent_attention": Refused("attention is grouped-query attention", _LLAMA),
     "init_method_xavier_uniform": Refused("initial weights are normal", "use --init-method-std"),

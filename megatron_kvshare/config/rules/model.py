@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Protocol
 
 from megatron_kvshare.config.derive import sharing_map
 from megatron_kvshare.config.fields.model import ModelConfig, ParallelConfig, SharingConfig
 from megatron_kvshare.config.flags.rule import divisor, multiples, rule
+from megatron_kvshare.config.flags.settings import flag_of
 from megatron_kvshare.errors import Fault, MapError
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing import patterns
 
 
@@ -86,17 +88,51 @@ def positions_fit(config: HasModel) -> Iterator[Fault]:
         )
 
 
-@rule("use_rope_scaling rope_low_freq_factor rope_high_freq_factor")
+@rule("use_rope_scaling rope_scaling_type rope_low_freq_factor rope_high_freq_factor")
 def rope_scaling_fits(config: HasModel) -> Iterator[Fault]:
-    """The two wavelength limits of Llama 3 scaling are in order."""
+    """One kind of scaling; the two wavelength limits of Llama 3's are in order."""
     model = config.model
-    if model.use_rope_scaling and model.rope_low_freq_factor >= model.rope_high_freq_factor:
+    kind = model.rope_scaling_type
+    if model.use_rope_scaling and kind not in (None, "llama3"):
+        rule_text = "--use-rope-scaling asks for llama3"
+        yield Fault("--rope-scaling-type", kind, rule_text, "drop one of the two")
+    elif model.rope_scaling == "llama3" and (
+        model.rope_low_freq_factor >= model.rope_high_freq_factor
+    ):
         yield Fault(
             "--rope-low-freq-factor",
             model.rope_low_freq_factor,
             f"it must be below --rope-high-freq-factor {model.rope_high_freq_factor:g}",
             "use --rope-low-freq-factor 1 --rope-high-freq-factor 4 (Llama 3)",
         )
+
+
+@rule(
+    "rope_scaling_type rotary_base hidden_size num_attention_heads kv_channels yarn_beta_fast"
+    " yarn_beta_slow yarn_mscale yarn_mscale_all_dim yarn_attention_factor"
+    " yarn_correction_range_round_to_int"
+)
+def stretching_is_defined(config: HasModel) -> Iterator[Fault]:
+    """Formulas of dynamic and yarn divide by what must not be zero; yarn's settings are its own."""
+    model = config.model
+    if model.rope_scaling == "dynamic" and model.head_dim <= 2:
+        rule_text = "dynamic scaling needs heads wider than 2"
+        yield Fault("--rope-scaling-type", "dynamic", rule_text, "use linear")
+    if model.rope_scaling == "yarn":
+        if model.yarn_beta_slow >= model.yarn_beta_fast:
+            rule_text = f"it must be below --yarn-beta-fast {model.yarn_beta_fast:g}"
+            yield Fault("--yarn-beta-slow", model.yarn_beta_slow, rule_text, "use 1 and 32")
+        if model.rotary_base <= 1:
+            rule_text = "yarn needs one above 1"
+            yield Fault("--rotary-base", model.rotary_base, rule_text, "use 10000")
+        return
+    usual = {field.name: field.default for field in fields(ModelConfig)}
+    for name in ROPE_SETTINGS["yarn"]:
+        value = getattr(model, name)
+        if name.startswith("yarn_") and value != usual[name]:
+            rule_text = "it has a meaning with --rope-scaling-type yarn only"
+            fix = f"add --rope-scaling-type yarn or drop {flag_of(name)}"
+            yield Fault(flag_of(name), value, rule_text, fix)
 
 
 @rule("recompute_granularity recompute_method recompute_num_layers num_layers")
@@ -217,6 +253,7 @@ MODEL_RULES = (
     groups_fit,
     positions_fit,
     rope_scaling_fits,
+    stretching_is_defined,
     recompute_fits,
     transformer_engine_is_there,
 )

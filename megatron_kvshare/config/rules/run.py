@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_kvshare.config.blend import parse_blend, parse_split
+from megatron_kvshare.config.data_files import PARTS, order_faults, read_stages
 from megatron_kvshare.config.fields.data import DataConfig
 from megatron_kvshare.config.fields.pretrain import PretrainConfig
 from megatron_kvshare.config.flags.rule import multiples, rule
@@ -118,41 +120,70 @@ def wsd_fits(config: PretrainConfig) -> Iterator[Fault]:
         yield Fault(flag, train.lr_wsd_decay_iters, rule_text, fix)
 
 
-@rule("data_path train_data_path valid_data_path mock_data")
+_DATA_PATHS = ("data_path", *(f"{part}_data_path" for part in PARTS))
+_DATA_FILES = ("data_args_path", "per_split_data_args_path")
+
+
+@rule(" ".join([*_DATA_PATHS, *_DATA_FILES, "mock_data"]))
 def data_is_given(config: PretrainConfig) -> Iterator[Fault]:
     """There is something to train on, named in one way."""
     data = config.data
-    per_part = bool(data.train_data_path or data.valid_data_path)
+    per_part = any(getattr(data, f"{part}_data_path") for part in PARTS)
     if data.mock_data:
         return
     if data.data_path and per_part:
-        rule_text = "it excludes --train-data-path and --valid-data-path"
-        fix = "give --data-path with --split, or the two paths without it"
+        rule_text = "it excludes --train-data-path, --valid-data-path and --test-data-path"
+        fix = "give --data-path with --split, or a path for each part without it"
         yield Fault("--data-path", " ".join(data.data_path), rule_text, fix)
     elif per_part and not data.train_data_path:
         rule_text = "there is a path for another part but none for training"
         yield Fault("--train-data-path", None, rule_text, "add --train-data-path PREFIX")
     elif not data.data_path and not per_part:
+        if any(getattr(data, name) for name in _DATA_FILES):
+            return  # told where the file is read
         rule_text = "there is nothing to train on"
         fix = "give --data-path PREFIX (made by `kvshare preprocess`), or try --mock-data"
         yield Fault("--data-path", None, rule_text, fix)
 
 
-@rule("data_path train_data_path valid_data_path mock_data")
+@rule("test_data_path per_split_data_args_path eval_iters mock_data")
+def test_data_is_read(config: PretrainConfig) -> Iterator[Fault]:
+    """What is given as test data is read."""
+    data = config.data
+    if data.test_data_path and not config.train.eval_iters and not data.mock_data:
+        rule_text = "it is read by --eval-iters batches, which is 0"
+        fix = "add --eval-iters N, or leave the test data out"
+        yield Fault("--test-data-path", " ".join(data.test_data_path), rule_text, fix)
+
+
+@rule(" ".join([*_DATA_PATHS, "data_stages", "mock_data"]))
 def data_exists(config: PretrainConfig) -> Iterator[Fault]:
     """Blends are well formed and every prefix has its two files."""
-    for name in ("data_path", "train_data_path", "valid_data_path"):
-        words = getattr(config.data, name)
-        if not words or config.data.mock_data:
-            continue
-        flag = flag_of(name)
+    if config.data.mock_data:
+        return
+    blends = [(flag_of(name), getattr(config.data, name)) for name in _DATA_PATHS]
+    try:
+        blends += [(f"{stage.where}: data-path", stage.words) for stage in read_stages(config.data)]
+    except ConfigError as error:
+        yield from error.faults
+    for where, words in blends:
         try:
-            sources = parse_blend(flag, words)
+            sources = parse_blend(where, words)
         except ConfigError as error:
             yield from error.faults
             continue
         for prefix, _ in sources:
-            yield from _missing_files(flag, prefix)
+            yield from _missing_files(where, prefix)
+
+
+@rule("data_stages max_epochs mock_data")
+def mock_data_has_no_blend(config: PretrainConfig) -> Iterator[Fault]:
+    """Made-up tokens have no end and no stages."""
+    for name in ("data_stages", "max_epochs"):
+        value = getattr(config.data, name)
+        if value is not None and config.data.mock_data:
+            rule_text = "made-up tokens come from no files"
+            yield Fault(flag_of(name), value, rule_text, f"drop {flag_of(name)} or --mock-data")
 
 
 def _missing_files(flag: str, prefix: str) -> Iterator[Fault]:
@@ -194,11 +225,13 @@ def tokenizer_is_given(config: PretrainConfig) -> Iterator[Fault]:
         if config.model.vocab_size is None:
             fix = "add --vocab-size N (for example 32000)"
             yield Fault("--vocab-size", None, "--tokenizer-type NullTokenizer needs it", fix)
+    elif data.tokenizer_type == "ByteLevelTokenizer":
+        return
     elif data.tokenizer_model is not None:
         yield from _tokenizer_files(data, data.tokenizer_model)
-    elif data.tokenizer_type == "HuggingFaceTokenizer":
-        rule_text = "--tokenizer-type HuggingFaceTokenizer needs it"
-        yield Fault("--tokenizer-model", None, rule_text, "add --tokenizer-model FOLDER")
+    elif data.tokenizer_type in ("HuggingFaceTokenizer", "TikTokenizer"):
+        rule_text = f"--tokenizer-type {data.tokenizer_type} needs it"
+        yield Fault("--tokenizer-model", None, rule_text, "add --tokenizer-model FILE_OR_FOLDER")
     elif data.mock_data and config.model.vocab_size is None:
         fix = "add --vocab-size N (for example 32000)"
         yield Fault("--vocab-size", None, "made-up tokens need a vocabulary size", fix)
@@ -334,6 +367,13 @@ def world_size_faults(config: PretrainConfig, world_size: int) -> Iterator[Fault
         )
 
 
+def stage_faults(config: PretrainConfig, global_batch_size: int) -> Iterator[Fault]:
+    """The stages of the data follow one another; a file that cannot be read is told elsewhere."""
+    with contextlib.suppress(ConfigError):
+        stages = read_stages(config.data)
+        yield from order_faults(stages, global_batch_size, config.model.seq_length)
+
+
 RUN_RULES = (
     batch_fits,
     profile_fits,
@@ -343,7 +383,9 @@ RUN_RULES = (
     warmup_fits,
     wsd_fits,
     data_is_given,
+    test_data_is_read,
     data_exists,
+    mock_data_has_no_blend,
     split_is_valid,
     tokenizer_is_given,
     saving_is_possible,

@@ -8,13 +8,20 @@ read, n query heads, g key-value heads, d width of a head, h width of the hidden
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,20 +43,23 @@ class KV(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """Which keys attention sees.
+    """Which keys attention sees, and the function that computes it.
 
     ``mask``: ``[b or 1, 1, s, t]``, True = seen; None = every earlier key and the token's own.
     ``blind``: ``[b or 1, s]``, queries that see nothing and attend to nothing. ``strict``,
     ``window``, ``padding`` ``[b, t]`` and ``document`` ``[b, t]`` (the number of each token's own)
-    say the same to attention functions that take no mask.
+    say the same to attention functions that take no mask. ``by``: the name of the function;
+    ``beside``: what a server hands it through the model.
     """
 
-    mask: torch.Tensor | None = None
+    by: str
+    mask: Any = None
     blind: torch.Tensor | None = None
     strict: bool = False
     window: int | None = None
     padding: torch.Tensor | None = None
     document: torch.Tensor | None = None
+    beside: Mapping[str, Any] = MappingProxyType({})
 
 
 class Rows(NamedTuple):
@@ -98,8 +108,13 @@ class NewTokens:
         real: torch.Tensor | None,
         positions: torch.Tensor | None,
         documents: Documents | None,
+        attention: str,
+        served: Mapping[str, Any],
+        in_order: bool,
     ) -> None:
         self.config = model.config
+        self.attention = attention
+        self.served = served
         self.length = self.longest = embeddings.shape[1]
         self.past = past
         self.device = embeddings.device
@@ -111,19 +126,22 @@ class NewTokens:
             positions = documents.position
         elif positions is None:
             positions = torch.arange(past, past + self.length, device=self.device)[None]
-            if real is not None:
-                positions = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+            if real is not None:  # a gap between real tokens counts, as in transformers
+                positions = (positions - first_real(real)).where(real[:, past:], 0)
         if documents is not None:
             self.document, self.longest = documents.number, documents.longest
             self.order, self.place = documents.order, documents.place
             self.length = self.order.shape[1]
-        elif real is not None and past:
+        elif real is not None and (past or in_order):
             self.padding = real
         elif real is not None:
-            # Real tokens first: padding is then where no real token looks, and subsets of tokens
-            # are those of the sequence without padding.
-            self.order = (~real).long().argsort(dim=-1, stable=True)
-            self.place = self.order.argsort(-1)
+            # Padding on the left goes last: it is then where no real token looks, and subsets of
+            # tokens are those of the sequence without it.
+            given = torch.arange(self.length, device=self.device)
+            self.order = (given + first_real(real)) % self.length
+            self.place = (given - first_real(real)) % self.length
+            moved = real.gather(1, self.order)
+            self.padding = moved if bool((moved[:, 1:] & ~moved[:, :-1]).any()) else None
         if self.order is not None:
             positions = positions.expand(len(self.order), -1).gather(1, self.order)
         self.cos, self.sin = model.rotary.tables(positions, embeddings.dtype)
@@ -147,6 +165,8 @@ class NewTokens:
         """What ``layer`` sees of ``keys`` keys; of the new tokens only the first ``known`` subsets
         have any. None: not a single query sees a key.
         """
+        if self.served:
+            return Visible(self.attention, beside=self.served)
         strict = self.config.kv_source_layers[layer] > layer
         windowed = layer in self.config.kv_windowed_layers
         window = self.config.kv_window_size if windowed else None
@@ -174,21 +194,40 @@ class NewTokens:
         if padding is not None:
             padding = F.pad(padding, (0, keys - padding.shape[1]))
             seen = seen & padding[:, None, :]
+        by = self.attention
         if not self._needs_mask(seen, rows, strict):
-            return Visible(window=window)
+            return Visible(by, window=window)
         blind = ~seen.any(-1)
         if bool(blind.all()):
             return None
         mask = (seen | blind[..., None])[:, None]
+        mask = block_mask(mask) if by == "flex_attention" else mask
         blind = blind if bool(blind.any()) else None
-        return Visible(mask, blind, strict, window, padding, self.document)
+        return Visible(by, mask, blind, strict, window, padding, self.document)
 
     def _needs_mask(self, seen: torch.Tensor, rows: Rows, strict: bool) -> bool:
-        """Without one, a single query sees all keys, and as many queries as keys see causally."""
-        if seen.shape[1] == 1:
+        """Without one, a single query sees all keys, and as many queries as keys see causally (by
+        flex attention every query sees all)."""
+        if seen.shape[1] == 1 or self.attention == "flex_attention":
             return not bool(seen.all())
         plain = rows.stride == 1 and not strict and seen.shape[1] == seen.shape[2]
         return not (plain and bool(seen[:, -1].all()))
+
+
+def block_mask(mask: torch.Tensor) -> Any:
+    """The same as flex attention takes it; importing that takes seconds."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return mask[b if rows > 1 else 0, 0, q, k]
+
+    rows, _, queries, keys = mask.shape
+    return create_block_mask(seen, rows, None, queries, keys, device=mask.device)
+
+
+def first_real(real: torch.Tensor) -> torch.Tensor:
+    """``[b, 1]``, how many tokens of padding a row of ``real`` ``[b, s]`` begins with."""
+    return real.long().argmax(-1, keepdim=True)
 
 
 def token_stride(config: KVShareConfig, training: bool) -> int:
@@ -302,19 +341,20 @@ def eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **_: Any,
+    visible: Visible,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention with all weights at hand; returns ``[b, s, n, d]`` and the weights."""
+    attention_mask = visible.mask
     groups = module.num_key_value_groups
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = query @ key.transpose(2, 3) * module.scaling
     if attention_mask is None and query.shape[2] > 1:
         attention_mask = torch.ones(query.shape[2], key.shape[2], device=key.device).tril().bool()
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.float().softmax(-1).to(query.dtype)
+    if visible.blind is not None:
+        weights = weights.masked_fill(visible.blind[:, None, :, None], 0.0)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -344,18 +384,23 @@ class KVShareAttention(nn.Module):
     def key_value(self, x: torch.Tensor, rows: Rows) -> KV:
         return KV(rotate(self.heads(self.k_proj(x)), rows), self.heads(self.v_proj(x)))
 
-    def forward(self, x: torch.Tensor, rows: Rows, kv: KV, visible: Visible) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rows: Rows, kv: KV, visible: Visible
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``[b, s, h]``, and the weights ``[b, n, s, t]`` where the function has them."""
         query = rotate(self.heads(self.q_proj(x)), rows)
-        name = self.config._attn_implementation
-        if "flash" in name:
+        name, weights = visible.by, None
+        if name == "eager":
+            out, weights = eager_attention(self, query, *kv, visible)
+        elif "flash" in name and not visible.beside:
             out = self._flash(ALL_ATTENTION_FUNCTIONS[name], query, kv, visible)
         else:
-            function = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-            scale = {"scaling": self.scaling, "dropout": 0.0}
-            out, _ = function(self, query, *kv, visible.mask, **scale)
-        if visible.blind is not None:
+            settings = {"scaling": self.scaling, "dropout": 0.0, **visible.beside}
+            out, _ = ALL_ATTENTION_FUNCTIONS[name](self, query, *kv, visible.mask, **settings)
+            out = out.reshape(*x.shape[:2], -1, self.head_dim)  # servers leave the batch away
+        if visible.blind is not None and weights is None:
             out = out.masked_fill(visible.blind[..., None, None], 0.0)
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(out.flatten(2)), weights
 
     def _flash(self, function: Any, query: torch.Tensor, kv: KV, visible: Visible) -> torch.Tensor:
         """Kernels that know causal masks only, the last query seeing the last key: a strict mask is
@@ -407,12 +452,18 @@ class KVShareLayer(GradientCheckpointingLayer):
         return self.self_attn.key_value(self.input_layernorm(hidden), rows)
 
     def read(
-        self, hidden: torch.Tensor, rows: Rows, kv: KV | None, visible: Visible | None
+        self,
+        hidden: torch.Tensor,
+        rows: Rows,
+        kv: KV | None,
+        visible: Visible | None,
+        weights: list[torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        """``[b, s, h] -> [b, s, h]``, reading ``kv``; without any of it attention adds nothing."""
+        """``[b, s, h] -> [b, s, h]``, reading ``kv``; without any of it attention adds nothing.
+        ``weights`` takes those of attention."""
         if kv is None or visible is None:
-            return self(hidden, None, None, rows, visible)
-        return self(hidden, kv.key, kv.value, rows, visible)
+            return self(hidden, None, None, rows, visible, weights)
+        return self(hidden, kv.key, kv.value, rows, visible, weights)
 
     def forward(
         self,
@@ -421,12 +472,16 @@ class KVShareLayer(GradientCheckpointingLayer):
         value: torch.Tensor | None,
         rows: Rows,
         visible: Visible | None,
+        weights: list[torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
         """What gradients flow through stands alone among the arguments: reentrant checkpointing
         (the default before transformers 5) looks at no tensor inside a tuple."""
         if key is not None and value is not None and visible is not None:
-            kv = KV(key, value)
-            hidden = hidden + self.self_attn(self.input_layernorm(hidden), rows, kv, visible)
+            kv, normed = KV(key, value), self.input_layernorm(hidden)
+            added, own = self.self_attn(normed, rows, kv, visible)
+            hidden = hidden + added
+            if weights is not None:
+                weights.append(own)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -462,12 +517,6 @@ class GroupKV:
         shape[dim] = self.length
         return part.new_zeros(shape)
 
-    def interleaved(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Hidden states of the subsets, one after another, in the order of the tokens."""
-        order = torch.arange(self.length, device=parts[0].device)
-        order = torch.cat([order[offset :: self.stride] for offset in range(len(parts))])
-        return torch.cat(parts, dim=1)[:, order.argsort()]
-
     def moved_by(self, before: dict[int, KV], layers: set[int]) -> float:
         """``||KV_n - KV_{n-1}|| / ||KV_n||``."""
         change = total = 0.0
@@ -476,6 +525,55 @@ class GroupKV:
                 change += float((new - old).double().square().sum())
                 total += float(new.double().square().sum())
         return math.sqrt(change / total) if total else 0.0
+
+
+def interleaved(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """What belongs to the subsets of tokens, along ``dim``, in the order of the tokens."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.arange(sum(part.shape[dim] for part in parts), device=parts[0].device)
+    order = torch.cat([order[offset :: len(parts)] for offset in range(len(parts))])
+    return torch.cat(parts, dim=dim).index_select(dim, order.argsort())
+
+
+class Record:
+    """What every layer computed last, as transformers returns it: of a cyclic group that is its
+    last sweep, and for one token after another the only one."""
+
+    def __init__(self, tokens: NewTokens, states: bool, weights: bool) -> None:
+        self.tokens = tokens
+        self.wants_states = states
+        self.wants_weights = weights
+        self._states: dict[int, dict[int, torch.Tensor]] = {}
+        self._weights: dict[int, dict[int, torch.Tensor]] = {}
+
+    def put(self, layer: int, rows: Rows, hidden: torch.Tensor, weights: list[Any] | None) -> None:
+        """What ``layer`` made of the tokens ``rows``; nothing in ``weights``: it saw no key."""
+        if self.wants_states:
+            self._states.setdefault(layer, {})[rows.offset] = hidden
+        if weights is not None:
+            self._weights.setdefault(layer, {})[rows.offset] = self._whole(hidden, weights)
+
+    def _whole(self, hidden: torch.Tensor, weights: list[Any]) -> torch.Tensor:
+        """``[b, n, s, t]`` for all tokens ``t``: a layer need not see those that came last."""
+        count, config = self.tokens.past + self.tokens.length, self.tokens.config
+        if not weights:
+            shape = (hidden.shape[0], config.num_attention_heads, hidden.shape[1], count)
+            return hidden.new_zeros(shape)
+        unseen = count - weights[0].shape[-1]
+        return F.pad(weights[0], (0, unseen)) if unseen > 0 else weights[0]
+
+    def states(self) -> list[torch.Tensor]:
+        """``[b, s, h]`` after each layer, in the order the tokens came in."""
+        parts = [self._states[layer] for layer in sorted(self._states)]
+        whole = [interleaved([each[offset] for offset in sorted(each)], 1) for each in parts]
+        return [self.tokens.as_given(x, 1) for x in whole]
+
+    def weights(self) -> list[torch.Tensor]:
+        """``[b, n, s, t]`` of each layer, queries and keys in the order the tokens came in."""
+        parts = [self._weights[layer] for layer in sorted(self._weights)]
+        whole = [interleaved([each[offset] for offset in sorted(each)], 2) for each in parts]
+        return [self.tokens.as_given(self.tokens.as_given(x, 2), 3) for x in whole]
 
 
 class Forward:
@@ -488,12 +586,14 @@ class Forward:
         tokens: NewTokens,
         cache: Any,
         training: bool,
+        record: Record,
     ) -> None:
         self.layers = layers
         self.config = config
         self.tokens = tokens
         self.cache = cache
         self.training = training
+        self.record = record
         self.slots = {layer: slot for slot, layer in enumerate(config.kv_layers)}
         self.kv: dict[int, KV] = {}
 
@@ -517,7 +617,21 @@ class Forward:
             self.keep(number, layer.key_value(hidden, rows))
         kv = self.kv.get(source) or self.past(source)
         visible = None if kv is None else self.tokens.visible(number, rows, kv.key.shape[2])
-        return layer.read(hidden, rows, kv, visible)
+        return self.read(number, hidden, rows, kv, visible)
+
+    def read(
+        self,
+        number: int,
+        hidden: torch.Tensor,
+        rows: Rows,
+        kv: KV | None,
+        visible: Visible | None,
+    ) -> torch.Tensor:
+        """What layer ``number`` makes of ``hidden``, recorded where that is wanted."""
+        weights: list[torch.Tensor | None] | None = [] if self.record.wants_weights else None
+        hidden = self.layers[number].read(hidden, rows, kv, visible, weights)
+        self.record.put(number, rows, hidden, weights)
+        return hidden
 
     def past(self, producer: int) -> KV | None:
         """What the cache held before this forward."""
@@ -558,7 +672,7 @@ class Forward:
             self.keep(producer, own)
         kv = self.kv[last]
         visible = self.tokens.visible(last, rows, kv.key.shape[2])
-        return self.layers[last].read(entering_top, rows, kv, visible)
+        return self.read(last, entering_top, rows, kv, visible)
 
     def sweeps(self, dtype: torch.dtype) -> tuple[int, list[bool], float | None]:
         """Stride, whether each sweep is under gradient, and the change below which to stop."""
@@ -571,7 +685,7 @@ class Forward:
         elif how == "exact":
             settled = _SETTLED.get(dtype, _SETTLED_LOW_PRECISION)
             without, with_gradient = -(-self.tokens.longest // stride) - 1, 1
-        if stride > 1 and "flash" in config._attn_implementation:
+        if stride > 1 and "flash" in self.tokens.attention:
             raise ValueError(
                 "strided sweeps need a mask between token subsets, which flash attention does not "
                 "take: load the model with attn_implementation='sdpa'"
@@ -628,9 +742,9 @@ class Forward:
                 visible = None
                 if kv is not None:
                     visible = self.tokens.visible(number, rows, kv.key.shape[2], known)
-                hidden = layer.read(hidden, rows, kv, visible)
+                hidden = self.read(number, hidden, rows, kv, visible)
             parts.append(hidden)
-        return state.interleaved(parts)
+        return interleaved(parts, 1)
 
     def readable(self, source: int, state: GroupKV) -> tuple[KV | None, int | None]:
         """Keys and values of ``source``, and how many subsets are known where not all are."""
@@ -655,8 +769,14 @@ class KVSharePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["KVShareLayer"]  # noqa: RUF012  # as transformers reads it
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """It is read in every forward; transformers looks for its own way of doing so."""
+        return True
 
 
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -727,12 +847,18 @@ class KVShareModel(KVSharePreTrainedModel):
         use_cache: bool | None = None,
         cache: Any = None,
         cache_position: torch.LongTensor | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
         **more: Any,
     ) -> BaseModelOutputWithPast:
         packing = {name: more.pop(name, None) for name in _PACKING}
-        refuse(more)
         self.config.check()
-        self._check_attention()
+        wanted = self.config.output_hidden_states
+        wanted = wanted if output_hidden_states is None else output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        attention = "eager" if output_attentions else self.config._attn_implementation
+        served = self._served(attention, more, bool(output_attentions))
         if cache is not None and past_key_values is not None:
             raise ValueError(
                 "give either cache or past_key_values, its name before transformers 5.24"
@@ -753,16 +879,33 @@ class KVShareModel(KVSharePreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if position_ids is not None:
             position_ids = position_ids.expand(shape)
-        ends = document_ends(shape, position_ids, real, packing, bool(alone or use_cache))
-        documents = self._documents(ends, packing, alone)
+        documents = None
+        if served:
+            self._check_alone(alone, packing)
+            use_cache = False
+        else:
+            ends = document_ends(shape, position_ids, real, packing, bool(alone or use_cache))
+            documents = self._documents(ends, packing, alone)
         if cache is None and use_cache and documents is None:
             cache = DynamicCache()
-        tokens = NewTokens(self, inputs_embeds, past, real, position_ids, documents)
-        forward = Forward(self.layers, self.config, tokens, cache, self.training)
-        hidden = self.norm(forward.run(tokens.real_first(inputs_embeds, 1)))
-        return BaseModelOutputWithPast(
-            last_hidden_state=tokens.as_given(hidden, 1), past_key_values=cache
+        # Weights of attention that are returned are the very ones gradients flow through.
+        in_order = bool(output_attentions) and token_stride(self.config, self.training) == 1
+        about = (past, real, position_ids, documents, attention, served, in_order)
+        tokens = NewTokens(self, inputs_embeds, *about)
+        record = Record(tokens, bool(wanted), bool(output_attentions))
+        forward = Forward(self.layers, self.config, tokens, cache, self.training, record)
+        hidden = forward.run(tokens.real_first(inputs_embeds, 1))
+        output = BaseModelOutputWithPast(
+            last_hidden_state=tokens.as_given(self.norm(hidden), 1), past_key_values=cache
         )
+        if wanted:
+            states = (inputs_embeds, *record.states())
+            if getattr(self.config, "tie_last_hidden_states", None) is not False:
+                states = (*states[:-1], output.last_hidden_state)
+            output.hidden_states = chosen(states, wanted)
+        if output_attentions:
+            output.attentions = tuple(record.weights())
+        return output
 
     def _documents(
         self, ends: dict[str, torch.Tensor], packing: dict[str, Any], alone: list[str]
@@ -786,10 +929,34 @@ class KVShareModel(KVSharePreTrainedModel):
                 raise ValueError(f"{name} is {int(packing[name])}, a document {documents.longest}")
         return documents
 
-    def _check_attention(self) -> None:
-        name = self.config._attn_implementation
-        if name not in ("eager", "sdpa") and ("flash" not in name or "|" in name):
-            raise ValueError(f"attn_implementation {name!r}: take sdpa, eager or flash_attention_*")
+    def _served(self, attention: str, more: dict[str, Any], weights: bool) -> dict[str, Any]:
+        """What a server hands its own attention function through the model; nothing otherwise.
+
+        A server that computes attention (``attention_instances``, one of every layer) keeps keys
+        and values itself, and sees what is before a token in its own text.
+        """
+        own = attention in ("eager", "sdpa", "flex_attention")
+        own = own or ("flash" in attention and "|" not in attention)
+        given, config = more.get("attention_instances") is not None, self.config
+        if given and weights:
+            raise ValueError("attention_instances go without output_attentions")
+        refuse({} if given and not own else {**more, "attention_instances": None})
+        if not own and not given:
+            raise ValueError(
+                f"attn_implementation {attention!r}: take sdpa, eager, flex_attention or "
+                "flash_attention_*"
+            )
+        if given and (config.cyclic_groups or config.kv_windowed_layers):
+            rule = "windows" if config.kv_windowed_layers else "layers that read higher ones"
+            raise ValueError(
+                f"attention_instances know nothing of {rule}: this map cannot be served by them"
+            )
+        return more if given and not own else {}
+
+    def _check_alone(self, alone: list[str], packing: dict[str, Any]) -> None:
+        alone = [*alone, *(name for name, value in packing.items() if value is not None)]
+        if alone:
+            raise ValueError(f"attention_instances go without {' and '.join(alone)}")
 
     def _check_cache(self, cache: Any) -> None:
         if cache is None:
@@ -808,6 +975,17 @@ class KVShareModel(KVSharePreTrainedModel):
                 f"{name} cannot serve a map in which layers read higher ones: they "
                 "read the cache before the new token is in it. Use DynamicCache() (the default)"
             )
+
+
+def chosen(
+    states: Sequence[torch.Tensor], wanted: bool | int | Sequence[int]
+) -> tuple[torch.Tensor | None, ...]:
+    """All states, or those at the places that are named; None at the others."""
+    if isinstance(wanted, bool):
+        return tuple(states)
+    count, places = len(states), [wanted] if isinstance(wanted, int) else wanted
+    places = {place % count for place in places if -count <= place < count}
+    return tuple(x if place in places else None for place, x in enumerate(states))
 
 
 def kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -864,7 +1042,11 @@ class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
         if labels is not None or "shift_labels" in about_loss:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **about_loss)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
 
     def prepare_inputs_for_generation(
@@ -882,3 +1064,37 @@ class KVShareForCausalLM(KVSharePreTrainedModel, GenerationMixin):
         if self.config.cyclic_groups and self.config.kv_prefill != "exact":
             raise ValueError("assisted generation of this map needs kv_prefill='exact'")
         return super()._assisted_decoding(*args, **kwargs)
+
+
+class KVShareForSequenceClassification(GenericForSequenceClassification, KVSharePreTrainedModel):
+    """transformers' head over the decoder, which it looks for by its name."""
+
+    def __init__(self, config: KVShareConfig) -> None:
+        KVSharePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = KVShareModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class KVShareForTokenClassification(GenericForTokenClassification, KVSharePreTrainedModel):
+    """As :class:`KVShareForSequenceClassification`."""
+
+    def __init__(self, config: KVShareConfig) -> None:
+        KVSharePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = KVShareModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class KVShareForQuestionAnswering(GenericForQuestionAnswering, KVSharePreTrainedModel):
+    """As :class:`KVShareForSequenceClassification`."""
+
+    def __init__(self, config: KVShareConfig) -> None:
+        KVSharePreTrainedModel.__init__(self, config)
+        self.model = KVShareModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()

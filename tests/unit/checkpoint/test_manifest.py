@@ -17,6 +17,7 @@ from megatron_kvshare.checkpoint.manifest import (
     Progress,
     check_data,
     read_manifest,
+    tokens_after_move,
 )
 from megatron_kvshare.config import CheckpointConfig, ModelConfig
 from megatron_kvshare.errors import CheckpointError
@@ -139,6 +140,54 @@ def test_moved_data_and_an_evaluation_turned_on_are_no_change() -> None:
     stored = Manifest({}, Progress(), 1, 1, None, data=DATA)
     run = DATA | {"train": [DATA["train"][0] | {"source": "b"}], "valid": []}
     assert check_data(stored, run, CheckpointConfig()) == []
+
+
+def stage(first_sample: int, **changes: object) -> dict:
+    return {"first_sample": first_sample, "train": [DATA["train"][0] | changes]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "run", "told"),
+    [
+        ({}, {"stages": [stage(64)]}, "stages was none, now from sample 64 on 1 x a"),
+        ({"stages": []}, {"stages": [stage(64)]}, "stages was none, now from sample 64"),
+        ({"stages": [stage(64)]}, {"stages": []}, "now none"),
+        ({"stages": [stage(64)]}, {"stages": [stage(128)]}, "from sample 128"),
+        (
+            {"stages": [stage(64)]},
+            {"stages": [stage(64, fingerprint="f2")]},
+            "fingerprint f2",
+        ),
+        ({"stages": [stage(64)]}, {"stages": [stage(64), stage(80)]}, "and from sample 80"),
+    ],
+)
+def test_other_stages_are_other_data(stored: dict, run: dict, told: str) -> None:
+    """A checkpoint that knows no stages had none."""
+    manifest = Manifest({}, Progress(), 1, 1, True, data=DATA | stored)
+    with pytest.raises(CheckpointError) as caught:
+        check_data(manifest, DATA | run, CheckpointConfig(load="x"))
+    assert told in str(caught.value)
+
+
+def test_the_same_stages_are_no_change() -> None:
+    moved = DATA | {"stages": [stage(64, source="b", index_sha256="i")]}
+    manifest = Manifest({}, Progress(), 1, 1, True, data=DATA | {"stages": [stage(64)]})
+    assert check_data(manifest, moved, CheckpointConfig()) == []
+    older = Manifest({}, Progress(), 1, 1, True, data=DATA)
+    assert check_data(older, DATA | {"stages": []}, CheckpointConfig()) == []
+    assert check_data(Manifest({}, Progress(), 1, 1, True), moved, CheckpointConfig()) == []
+
+
+def test_tokens_follow_data_that_was_moved() -> None:
+    stored = DATA | {"stages": [stage(64, source="b", fingerprint="f2")]}
+    run = DATA | {
+        "train": [DATA["train"][0] | {"source": "new/a"}],
+        "stages": [stage(64, source="new/b", fingerprint="f2")],
+    }
+    tokens = {"a": 5, "b": 7, "gone": 1}
+    assert tokens_after_move(tokens, stored, run) == {"new/a": 5, "new/b": 7, "gone": 1}
+    assert tokens_after_move(tokens, stored, stored) == tokens
+    assert tokens_after_move(tokens, {}, run) == tokens
 
 
 def test_the_index_counts_where_the_checkpoint_knows_it() -> None:

@@ -16,6 +16,7 @@ COMMANDS = {
     "convert_from_hf": "convert from-hf",
     "convert_to_hf": "convert to-hf",
     "evaluate": "evaluate",
+    "merge_datasets": "data merge",
     "preprocess_data": "preprocess",
     "train_tokenizer": "train-tokenizer",
 }

@@ -101,18 +101,13 @@ def test_values_in_a_file_are_judged_like_those_of_flags(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("attention_dropout: 0.0\nhidden_dropout: 0\ncontext_parallel_size: 1\n")
     assert parse(PretrainConfig, ["--config", str(file)], COMMAND) == PretrainConfig()
-    file.write_text("attention_dropout: 0.1\ntest_data_path: corpus\n")
+    file.write_text("attention_dropout: 0.1\ntrain_samples: 9\n")
     with pytest.raises(ConfigError) as caught:
         parse(PretrainConfig, ["--config", str(file)], COMMAND)
     assert [fault.where.split(": ")[-1] for fault in caught.value.faults] == [
         "attention_dropout",
-        "test_data_path",
+        "train_samples",
     ]
-
-
-def test_data_that_no_run_reads_is_refused_instead_of_ignored():
-    with pytest.raises(ConfigError, match="kvshare evaluate --data-path PREFIX"):
-        parse(PretrainConfig, ["--test-data-path", "corpus"], COMMAND)
 
 
 def test_the_last_of_repeated_flags_counts(tmp_path):

@@ -45,6 +45,25 @@ WRONG = [
         "--rope-low-freq-factor",
         "--rope-high-freq-factor 4",
     ),
+    (
+        "--use-rope-scaling --rope-scaling-type yarn",
+        "--rope-scaling-type",
+        "--use-rope-scaling asks for llama3",
+    ),
+    (
+        "--rope-scaling-type llama3 --rope-low-freq-factor 4",
+        "--rope-low-freq-factor",
+        "--rope-high-freq-factor 4",
+    ),
+    ("--rope-scaling-type yarn --yarn-beta-slow 32", "--yarn-beta-slow", "below --yarn-beta-fast"),
+    ("--rope-scaling-type yarn --rotary-base 1", "--rotary-base", "above 1"),
+    ("--rope-scaling-type dynamic --kv-channels 2", "--rope-scaling-type", "heads wider than 2"),
+    ("--yarn-beta-fast 16", "--yarn-beta-fast", "add --rope-scaling-type yarn"),
+    (
+        "--rope-scaling-type linear --no-yarn-correction-range-round-to-int",
+        "--yarn-correction-range-round-to-int",
+        "add --rope-scaling-type yarn",
+    ),
     ("--recompute-method block", "--recompute-method", "add --recompute-granularity full"),
     (
         "--recompute-granularity selective --recompute-num-layers 2",

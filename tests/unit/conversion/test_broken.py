@@ -109,7 +109,39 @@ FOLDERS: dict[str, tuple[str, Change, str]] = {
     "quantised": ("llama", config(quantization_config={"bits": 4}), "quantised"),
     "biases": ("llama", config(attention_bias=True), "built with False only"),
     "another activation": ("llama", config(hidden_act="gelu"), "built with 'silu' only"),
-    "yarn": ("llama", config(rope_scaling={"rope_type": "yarn"}), "only default and complete"),
+    "half of yarn": ("llama", config(rope_scaling={"rope_type": "yarn"}), "missing: ['factor']"),
+    "yarn of nothing": (
+        "llama",
+        config(rope_theta=1, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+        "rope_theta must be above 1",
+    ),
+    "yarn with a text": (
+        "kvshare",
+        config(rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": "4"}),
+        "factor must be a number above 0, not '4'",
+    ),
+    "yarn with two lengths": (
+        "llama",
+        config(
+            original_max_position_embeddings=8,
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        "original_max_position_embeddings = 8: rope_scaling says otherwise: 16",
+    ),
+    "linear without a factor": (
+        "llama",
+        config(rope_scaling={"type": "linear"}),
+        "rope_type 'linear' is incomplete",
+    ),
+    "a rotary embedding of its own": (
+        "llama",
+        config(rope_scaling={"rope_type": "longrope", "factor": 2.0}),
+        "rope_type 'longrope' is not one of default, llama3, linear, dynamic, yarn",
+    ),
     "half of llama3": ("kvshare", config(rope_parameters=LLAMA3), "low_freq_factor"),
     "part of a head rotated": (
         "kvshare",

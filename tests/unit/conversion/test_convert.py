@@ -26,6 +26,14 @@ SCALED = TINY.but(
     untied=True,
     extra={"use_rope_scaling": True, "rotary_base": 5e5, "kv_channels": 16, "norm_epsilon": 1e-6},
 )
+STRETCHED = {
+    kind: TINY.but(extra={"rope_scaling_type": kind, "rope_scaling_factor": 2.0, **more})
+    for kind, more in {
+        "linear": {},
+        "dynamic": {"max_position_embeddings": 64},
+        "yarn": {"rope_original_max_positions": 16, "yarn_mscale": 0.7, "yarn_mscale_all_dim": 0.3},
+    }.items()
+}
 
 
 def convert(direction: str, *arguments: object) -> int:
@@ -35,7 +43,7 @@ def convert(direction: str, *arguments: object) -> int:
 @pytest.mark.parametrize("sharing", MAPS.values(), ids=MAPS.keys())
 def test_config_json_says_everything(sharing):
     for recipe in (*RECIPES.values(), strided(3, 1, 2, "self", p=True)):
-        for tiny in (TINY, SCALED):
+        for tiny in (TINY, SCALED, *STRETCHED.values()):
             about = model_spec(sharing, recipe, tiny)
             content = json.loads(json.dumps(to_config(about, torch.float32, {})))
             assert from_config(content).identity == about.identity
@@ -49,6 +57,9 @@ KINDS = {
     "bf16": (TOP, TINY, torch.bfloat16),
     "scaled": (TOP, SCALED, torch.float32),
     "scaled-standard": (STANDARD, SCALED, torch.float32),
+    "linear": (TOP, STRETCHED["linear"], torch.float32),
+    "dynamic-standard": (STANDARD, STRETCHED["dynamic"], torch.float32),
+    "yarn": (TOP, STRETCHED["yarn"], torch.float32),
 }
 
 

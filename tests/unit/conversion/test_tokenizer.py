@@ -243,18 +243,24 @@ def test_a_copy_does_what_training_did(original: Path, tmp_path: Path) -> None:
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 1, None)
 
 
-def test_a_folder_without_tokenizer_json_is_written_as_one(original: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [True, False], ids=["with settings", "bare"])
+def test_a_folder_without_tokenizer_json_is_written_as_one(
+    original: Path, tmp_path: Path, named: bool
+) -> None:
+    """Without settings, as Megatron's --vocab-file and --merge-file, it is GPT-2's."""
     folder = tmp_path / "older"
     folder.mkdir()
     model = json.loads((original / "tokenizer.json").read_text())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "unk_token": "<s>"})
-    )
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "unk_token": "<s>"}
+    if named:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = HuggingFaceTokenizer(folder)
-    written(tokenizer, folder, tmp_path / "hf")
+    assert tokenizer.eod == (model["vocab"]["</s>"] if named else len(model["vocab"]))
+    about = written(tokenizer, folder, tmp_path / "hf")
+    assert about.eos == tokenizer.eod
     prove_tokenizer(tokenizer, tmp_path / "hf")
     shutil.rmtree(folder)
     again = HuggingFaceTokenizer(tmp_path / "hf")

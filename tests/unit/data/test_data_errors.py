@@ -241,3 +241,27 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, tokenizer_model: s
     preprocess(job)
     with pytest.raises(DataError, match="another tokenizer"):
         plan(Vocabulary(400, 2, "0" * 64), data_path=tuple(job.prefixes), eval_iters=0, split="1")
+
+
+def test_stock_files_work_and_are_named_in_a_note(
+    tmp_path: Path, tokenizer_model: str, write_tokens: WriteTokens
+) -> None:
+    stock = write_tokens([[1] * 30] * 10)
+    lines = plan(data_path=(stock,), split="1,1").notes()
+    assert any("without a note of their tokenizer" in line and stock in line for line in lines)
+    text = tmp_path / "a.txt"
+    text.write_text((WORDS + "\n") * 50)
+    job = PreprocessJob(
+        inputs=(str(text),),
+        output_prefix=str(tmp_path / "o"),
+        tokenizer_type="ByteLevelTokenizer",
+        text_documents="line",
+    )
+    preprocess(job)
+    ours = {"data_path": tuple(job.prefixes), "split": "1,1"}
+    settings = DataConfig(tokenizer_type="ByteLevelTokenizer", **ours)
+    noted = plan(resolve_vocabulary(settings, None), **ours)
+    assert not list(noted.notes())
+    other = resolve_vocabulary(DataConfig(tokenizer_model=tokenizer_model, **ours), None)
+    with pytest.raises(DataError, match="another tokenizer"):
+        plan(other, **ours)

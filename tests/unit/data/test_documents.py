@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_kvshare.data.documents import DocumentReader, is_jsonl
+from megatron_kvshare.data.inputs import InputOptions, open_inputs
 from megatron_kvshare.errors import DataError
 
 from .conftest import UNICODE
@@ -19,7 +19,8 @@ JSONL = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
 def texts(path: Path, **options: str) -> list[str]:
-    return [document.texts(["text"])[0] for document in DocumentReader([str(path)], **options)]
+    inputs = open_inputs([str(path)], InputOptions(**options))
+    return [document.texts[0] for document in inputs.documents()]
 
 
 @pytest.mark.parametrize(
@@ -49,15 +50,15 @@ def test_plain_text_units(tmp_path: Path, unit: str, expected: list[str]) -> Non
 def test_order_follows_the_inputs_and_bytes_are_counted(tmp_path: Path) -> None:
     for name in "ba":
         (tmp_path / name).write_text(name)
-    reader = DocumentReader([str(tmp_path / "b"), str(tmp_path / "a")])
-    assert [document.texts(["text"]) for document in reader] == [["b"], ["a"]]
-    assert reader.bytes_read == reader.total_bytes == 2
+    inputs = open_inputs([str(tmp_path / "b"), str(tmp_path / "a")])
+    assert [document.texts for document in inputs.documents()] == [["b"], ["a"]]
+    assert inputs.bytes_read == inputs.total_bytes == 2
 
 
-def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
+def test_escaped_surrogate_pairs_are_characters(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a\\ud83d b\\ud83d\\ude42"}')
-    assert texts(path) == ["a\ufffd b🙂"]
+    path.write_text('{"text": "b\\ud83d\\ude42"}')
+    assert texts(path) == ["b🙂"]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,9 @@ def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
         (b'{"content": "a"}\n', "here|this line has: content"),
         (b'{"text": 3}\n', "no text under this key"),
         (b'{"text": "\xff"}\n', "not UTF-8"),
+        (b'{"text": null}\n', "it is null"),
+        (b'{"text": "a\\ud83d b"}\n', r"half of a surrogate pair \(.ud83d"),
+        (b'{"text": "a\\u0000"}\n', "zero bytes"),
     ],
 )
 def test_broken_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -85,14 +89,10 @@ def test_a_cut_archive_is_an_error(tmp_path: Path, name: str, whole) -> None:
         texts(path)
 
 
-def test_missing_empty_and_folder_inputs_come_in_one_error(tmp_path: Path) -> None:
+def test_missing_empty_and_useless_inputs_come_in_one_error(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    paths = [str(tmp_path / name) for name in ("none.txt", "empty.txt", "")]
+    (tmp_path / "folder").mkdir()
+    paths = [str(tmp_path / name) for name in ("none.txt", "empty.txt", "folder", "*.gz")]
     with pytest.raises(DataError) as caught:
-        DocumentReader(paths)
-    assert len(caught.value.faults) == 3
-
-
-def test_names_decide_the_form() -> None:
-    assert is_jsonl(Path("a.JSONL.xz")) and is_jsonl(Path("a.json")) and is_jsonl(Path("a.ndjson"))
-    assert not is_jsonl(Path("jsonl.txt.gz")) and not is_jsonl(Path("speech"))
+        open_inputs(paths)
+    assert len(caught.value.faults) == 4

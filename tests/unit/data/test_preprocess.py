@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from sentencepiece import SentencePieceProcessor
 
 from megatron_kvshare.cli.main import main
-from megatron_kvshare.data import preprocess as module
+from megatron_kvshare.data import encoding
+from megatron_kvshare.data.inputs import open_inputs
 from megatron_kvshare.data.preprocess import PreprocessJob, preprocess
 from megatron_kvshare.data.tokenizers import load_tokenizer
 from megatron_kvshare.errors import DataError
-from megatron_kvshare.megatron_api.datasets import IndexedDataset
+from megatron_kvshare.megatron_api.datasets import DType, IndexedDataset, IndexedDatasetBuilder
+from tests.mutations import mutations
 
 from .conftest import UNICODE, WORDS
 
@@ -59,7 +65,7 @@ def test_round_trip(jsonl: str, tmp_path: Path, tokenizer_model: str, append_eod
 def test_files_do_not_depend_on_workers(
     jsonl: str, tmp_path: Path, tokenizer_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_BYTES", 50)
+    monkeypatch.setattr(encoding, "_TASK_BYTES", 50)
     for workers in (1, 2):
         preprocess(job_for(jsonl, tmp_path / str(workers), tokenizer_model, workers=workers))
     for suffix in (".bin", ".idx", ".meta.json"):
@@ -123,7 +129,7 @@ def test_end_tokens_inside_documents_are_told_and_can_be_text(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(module, "_BATCH_BYTES", 50)
+    monkeypatch.setattr(encoding, "_TASK_BYTES", 50)
     path = tmp_path / "a.jsonl"
     texts = [WORDS, "one<end>two", WORDS, "three <end><end> four", "</s>"]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -160,3 +166,87 @@ def test_command(
     assert main(["preprocess", "--output-prefix", "x", "--inputs", jsonl]) == 2
     message = capsys.readouterr().err
     assert "--input" in message and "Traceback" not in message
+
+
+TOKENIZERS = ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("vocab_size", [65_499, 65_500])
+def test_files_are_those_of_megatrons_own_tool(
+    tmp_path: Path, tokenizer_model: str, end_folder: str, kind: str, vocab_size: int
+) -> None:
+    """As tools/preprocess_data.py of Megatron-LM does it: line by line, with its builder. A
+    vocabulary of 65,500 ids, and not one less, takes 4 bytes an id."""
+    model = tokenizer_model if kind == "SentencePieceTokenizer" else end_folder
+    lines = [{"text": text} for text in (WORDS, UNICODE, WORDS * 50, "a", UNICODE * 7)] * 40
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = load_tokenizer(kind, model)
+    tokenizer.vocab_size = vocab_size
+    job = job_for(str(path), tmp_path / "ours", model, tokenizer_type=kind, append_eod=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreprocessJob, "load_tokenizer", lambda _: tokenizer)
+        preprocess(job)
+    builder = IndexedDatasetBuilder(
+        str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size)
+    )
+    for line in path.open():
+        ids = direct(kind, model)(json.loads(line)["text"])
+        assert tokenizer.eod is not None
+        ids.append(tokenizer.eod)
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".bin", ".idx"):
+        ours = (tmp_path / f"ours_text_document{suffix}").read_bytes()
+        assert ours == (tmp_path / f"theirs{suffix}").read_bytes()
+
+
+@functools.cache
+def direct(kind: str, model: str) -> Callable[[str], list[int]]:
+    """The library's own loop."""
+    if kind == "SentencePieceTokenizer":
+        return SentencePieceProcessor(model_file=model).encode
+    fast = pytest.importorskip("tokenizers").Tokenizer.from_file(f"{model}/tokenizer.json")
+    return lambda text: fast.encode(text, add_special_tokens=False).ids
+
+
+def test_keys_that_are_no_file_names(tmp_path: Path, tokenizer_model: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"meta/text": "words", "meta_text": "others"}\n')
+    job = job_for(str(path), tmp_path / "o", tokenizer_model, json_keys=("meta/text",))
+    assert preprocess(job).documents == 1
+    assert (tmp_path / "o_meta_text_document.bin").is_file()
+    keys = ("meta/text", "meta_text")
+    with pytest.raises(DataError, match="same files"):
+        preprocess(job_for(str(path), tmp_path / "o", tokenizer_model, json_keys=keys))
+
+
+def test_mutated_input_is_accounted_for(tmp_path: Path, tokenizer_model: str) -> None:
+    check_mutations(tmp_path, tokenizer_model, 20, seed=5)
+
+
+@pytest.mark.nightly
+def test_much_mutated_input_is_accounted_for(tmp_path: Path, tokenizer_model: str) -> None:
+    check_mutations(tmp_path, tokenizer_model, 300, seed=6)
+
+
+def check_mutations(folder: Path, model: str, count: int, seed: int) -> None:
+    """Every line of a damaged file is a document, or skipped and counted."""
+    lines = [json.dumps({"text": f"{number} {WORDS}"}) for number in range(12)]
+    original = "".join(line + "\n" for line in lines).encode()
+    path = folder / "a.jsonl"
+    for what, content in mutations(original, count, seed):
+        path.write_bytes(content)
+        job = job_for(str(path), folder / "o", model, on_bad_record="skip")
+        try:
+            counts = preprocess(job)
+        except DataError as error:
+            assert "Traceback" not in str(error), what
+            continue
+        records = [line for line in content.split(b"\n") if line.strip(b" \t\r\v\f")]
+        is_lines = open_inputs([str(path)]).kinds() == {"JSON lines": 1}
+        expected = len(records) if is_lines else 1
+        assert counts.documents + counts.skipped == expected, what
+        stored = IndexedDataset(f"{folder}/o_text_document")
+        assert len(stored) == counts.documents, what

@@ -195,7 +195,7 @@ def test_a_damaged_index_of_samples_is_made_again(
 
     def samples() -> list[list[int]]:
         (dataset,) = datasets.build_samples([spec], cache)
-        return [dataset[number]["tokens"].tolist() for number in range(0, len(dataset), 40)]
+        return [dataset[number].tolist() for number in range(0, len(dataset), 40)]
 
     expected = samples()
     (path,) = cache.glob(f"*{suffix}")

@@ -179,7 +179,7 @@ def test_wrong_files_are_refused(
         ("HuggingFaceTokenizer", "gpt2", "no such file or folder"),
         ("SentencePieceTokenizer", None, "needs a file"),
         ("NullTokenizer", None, "needs the number of ids"),
-        ("TikTokenizer", tokenizer_model, "unknown kind"),
+        ("GPT2BPETokenizer", tokenizer_model, "unknown kind"),
     ]
     for kind, model, message in cases:
         with pytest.raises(DataError, match=message):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from megatron_kvshare.config import DataConfig
 from megatron_kvshare.data import train_data
@@ -17,7 +18,7 @@ from megatron_kvshare.data.mock import MockSamples
 from megatron_kvshare.data.train_data import Batch, RankShare, TrainData
 from megatron_kvshare.data.vocabulary import Vocabulary
 from megatron_kvshare.errors import DataError
-from megatron_kvshare.megatron_api.datasets import IndexedDatasetBuilder
+from megatron_kvshare.megatron_api.datasets import IndexedDatasetBuilder, stock_dataset
 
 from .conftest import WriteTokens, counting_documents
 
@@ -67,7 +68,7 @@ def test_one_round_visits_every_sample_once(write_tokens: WriteTokens) -> None:
     data = build(
         write_tokens([list(range(98)) * 250, [99]]), split="1,0,0", request={"eval_iters": 0}
     )
-    stream = data._streams[train_data.DataPart.train]
+    (stream,) = data._streams[train_data.DataPart.train].streams
     size = len(stream.sources[0])
     assert size == (98 * 250 + 1 - 1) // SEQ
     rounds = [[stream.locate(i)[1] for i in range(r * size, (r + 1) * size)] for r in range(3)]
@@ -216,23 +217,37 @@ def test_mock_data() -> None:
     assert not torch.equal(first[:16], tokens_of(list(data.valid_batches())))
     assert "mock" in data.plan.lines()[0]
     sample = MockSamples(4, SEQ, 100, 99, seed=0)[1]
-    assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+    assert sample.shape == (SEQ + 1,)
 
 
 def test_the_plan_shows_every_source(write_tokens: WriteTokens) -> None:
     data = build(write_tokens(counting_documents(50)))
-    header, train, valid = data.plan.lines()
+    header, train, valid, *_ = data.plan.lines()
     assert header.split() == [
         "part",
         "weight",
         "documents",
         "tokens",
         "samples",
+        "reads",
         "epochs",
         "source",
     ]
     assert train.split()[:3] == ["train", "1.000", "40"]
     assert valid.split()[0] == "valid" and valid.split()[4] == "16"
+
+
+def test_a_batch_is_what_megatron_makes_of_the_same_samples(write_tokens: WriteTokens) -> None:
+    """Its own dataset in torch's loader, with its masks and positions."""
+    cache = write_tokens(counting_documents(60)) + "-cache"
+    data = build(cache.removesuffix("-cache"), RankShare(micro_batch_size=4), data_cache_path=cache)
+    stock = stock_dataset(data.plan.rows[0].spec(data.plan.request), cache)
+    share = RankShare(micro_batch_size=4)
+    for batch, theirs in zip(steps(data, 20, share=share), DataLoader(stock, 4), strict=False):
+        for name in ("tokens", "labels", "loss_mask"):
+            ours = getattr(batch, name)
+            assert torch.equal(ours, theirs[name]) and ours.dtype == theirs[name].dtype
+            assert ours.is_contiguous()
 
 
 def test_vocabulary_is_also_checked_while_reading(

@@ -13,6 +13,8 @@ from megatron_kvshare.spec.run_plan import RunPlan
 
 FLAGS = [
     "--use-rope-scaling --norm-epsilon 1e-6",
+    "--rope-scaling-type yarn --rope-scaling-factor 4 --yarn-mscale 0.7 --yarn-mscale-all-dim 1",
+    "--rope-scaling-type dynamic --rope-scaling-factor 4 --max-position-embeddings 4096",
     "--kv-pattern sandwich-top --kv-layers 3 --kv-recipe one-sweep --bf16",
     "--kv-map 0_2s_2_3_3_3_6_6 --window-size 7 --kv-forward-sweeps 1",
 ]
@@ -42,3 +44,9 @@ def test_a_model_is_found_again_by_its_identity(flags: str) -> None:
     assert again.identity == spec.identity and again.weights == spec.weights
     assert again.model.bf16 == spec.model.bf16
     assert not spec.map.is_cyclic or again.recipe == spec.recipe
+
+
+def test_both_ways_to_ask_for_llama_3_are_one_model() -> None:
+    flags = ("--use-rope-scaling", "--rope-scaling-type llama3")
+    old, new = (planned(each).spec(101, "abc").identity for each in flags)
+    assert old == new and "rope_scaling_type" not in old

@@ -29,6 +29,7 @@ PLAIN = Engine(
     tensor_ranks=1,
     context_ranks=1,
     fast_prefill=False,
+    adapters=False,
     cache_dtype="auto",
     unquantised_layers=(),
     longest=64,
@@ -102,6 +103,7 @@ def test_what_a_layer_without_window_reads_is_kept(notation, whole):
 
 REFUSED = {
     "fast prefill": (replace(PLAIN, fast_prefill=True), "--kv-sharing-fast-prefill"),
+    "adapters": (replace(PLAIN, adapters=True), "--enable-lora"),
     "a cut group": (
         replace(PLAIN, stages=(range(3), range(3, 8))),
         "--pipeline-parallel-size = 2: keys and values of another stage are read by layer 3",
