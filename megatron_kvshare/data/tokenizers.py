@@ -195,8 +195,8 @@ class SentencePieceTokenizer:
         return list(self._processor.encode_as_numpy(list(texts), num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        return str(self._processor.decode(list(ids)))
+        """Text of token ids; those beyond the vocabulary, which a model can have, have none."""
+        return str(self._processor.decode([each for each in ids if each < self.vocab_size]))
 
     def piece(self, token: int) -> str:
         """What the vocabulary calls a token."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_kvshare.errors import KVShareError
+from megatron_kvshare.output import complain
 from megatron_kvshare.server.engine_thread import Cancel, EngineThread, Stop, Submit
 from megatron_kvshare.server.metrics import Metrics, Timing
 from megatron_kvshare.server.refusal import RETRY, Refusal
@@ -180,7 +181,8 @@ class Desk:
         """End the engine's thread."""
         self.draining = True
         self._thread.order(Stop())
-        await asyncio.to_thread(self._thread.join, _STOP_SECONDS)
+        if not await asyncio.to_thread(self._thread.join, _STOP_SECONDS):
+            complain(f"warning: the engine's last step has not ended in {_STOP_SECONDS:g} s")
 
     def brought(self, outputs: list[Output], stats: EngineStats) -> None:
         self._call(self._brought, outputs, stats)

@@ -145,7 +145,7 @@ class Job:
         pieces: list[list[Piece]] = [[] for _ in self._choices]
         async for piece in self._pieces(ticket):
             pieces[piece.choice].append(piece)
-        choices = [self._with_ids(self._form.whole(p), p) for p in map(joined, pieces)]
+        choices = [self._with_ids(self._form.whole(p), p, True) for p in map(joined, pieces)]
         return {**self._head(self._form.kind), "choices": choices, "usage": self._usage()}
 
     async def events(self, ticket: Ticket) -> AsyncIterator[bytes]:
@@ -154,6 +154,7 @@ class Job:
         wants_usage = options is not None and options.include_usage
         head = self._head(self._form.chunk_kind)
         usage = {"usage": None} if wants_usage else {}
+        begun: set[int] = set()
         try:
             for choice in self._choices:
                 opening = self._form.opening(choice.index)
@@ -162,7 +163,8 @@ class Job:
             async for piece in self._pieces(ticket):
                 if piece.is_empty and not self._body.return_token_ids:
                     continue  # its text is held back until it is certain
-                part = self._with_ids(self._form.part(piece), piece)
+                part = self._with_ids(self._form.part(piece), piece, piece.choice not in begun)
+                begun.add(piece.choice)
                 yield _event({**head, "choices": [part], **usage})
         except Refusal as refusal:
             yield _event(refusal.content())
@@ -181,11 +183,12 @@ class Job:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
-    def _with_ids(self, choice: dict[str, Any], piece: Piece) -> dict[str, Any]:
+    def _with_ids(self, choice: dict[str, Any], piece: Piece, is_first: bool) -> dict[str, Any]:
+        """The ids of the prompt come once."""
         if not self._body.return_token_ids:
             return choice
-        prompt = self._choices[piece.choice].prompt
-        return {**choice, "prompt_token_ids": prompt, "token_ids": piece.tokens}
+        prompt = {"prompt_token_ids": self._choices[piece.choice].prompt} if is_first else {}
+        return {**choice, **prompt, "token_ids": piece.tokens}
 
     def _usage(self) -> dict[str, int]:
         completion = sum(choice.completion_tokens for choice in self._choices)

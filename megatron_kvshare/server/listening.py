@@ -128,7 +128,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn would close its door at once, and end by the signal itself afterwards."""
-        self.stop()
+        if self._loop is None:
+            self.should_exit = True
+        else:
+            self.stop()
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self.service.desk.failure is not None

@@ -42,9 +42,14 @@ class Refusal(HTTPException):
         message = self.detail
         if len(message) > _MOST_CHARACTERS:
             message = message[:_MOST_CHARACTERS] + " ..."
-        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
-        error = {"message": message, "type": kind, "param": self.param, "code": self.code}
+        error = {"message": message, "type": self._kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+    @property
+    def _kind(self) -> str:
+        if self.status_code == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status_code < 500 else "server_error"
 
     def response(self) -> JsonResponse:
         return JsonResponse(self.content(), self.status_code, self.headers)

@@ -17,7 +17,7 @@ import httpx2
 
 from tests.integration.serving_process import Served
 
-CLIENTS = 24
+CLIENTS = 48
 KINDS = {"whole": 45, "stream": 20, "left": 10, "left whole": 8, "wrong": 13, "unread": 4}
 """Shares of what clients do, in per cent."""
 WRONG: tuple[dict[str, Any], ...] = (
@@ -120,10 +120,7 @@ class Soak:
 
     async def _whole(self, client: httpx2.AsyncClient) -> None:
         asked = self._asked()
-        while (answer := await client.post("/v1/completions", json=asked)).status_code == 429:
-            self.turned_away += 1
-            await asyncio.sleep(0.02 + 0.1 * self._draw.random())
-        found = answer.json()
+        found = (await self._post(client, asked)).json()
         (choice,) = found["choices"]
         self._judge(asked, found["id"], choice["prompt_token_ids"], choice["token_ids"])
         assert choice["finish_reason"] == "length"
@@ -163,7 +160,7 @@ class Soak:
         assert answer.status_code in (200, 429)
 
     async def _wrong(self, client: httpx2.AsyncClient) -> None:
-        answer = await client.post("/v1/completions", json=self._draw.choice(WRONG))
+        answer = await self._post(client, self._draw.choice(WRONG))
         assert answer.status_code in (400, 413), answer.text
         assert answer.json()["error"]["message"]
 
@@ -178,6 +175,15 @@ class Soak:
             quiet.connect((where.hostname, where.port))
             quiet.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
             await asyncio.sleep(5 * self._draw.random())
+
+    async def _post(self, client: httpx2.AsyncClient, asked: dict[str, Any]) -> httpx2.Response:
+        while (answer := await client.post("/v1/completions", json=asked)).status_code == 429:
+            await self._later()
+        return answer
+
+    async def _later(self) -> None:
+        self.turned_away += 1
+        await asyncio.sleep(0.1 + 0.4 * self._draw.random())
 
     async def _chunks(
         self, client: httpx2.AsyncClient, asked: dict[str, Any]
@@ -194,8 +200,7 @@ class Soak:
                         yield json.loads(line.removeprefix("data: "))
                     last = line or last
             if status == 429:
-                self.turned_away += 1
-                await asyncio.sleep(0.02 + 0.1 * self._draw.random())
+                await self._later()
         assert (status, last) == (200, "data: [DONE]"), last
 
     def _judge(

@@ -184,3 +184,48 @@ def test_wrong_files_are_refused(
     for kind, model, message in cases:
         with pytest.raises(DataError, match=message):
             load_tokenizer(kind, model)
+
+
+def test_tokens_that_only_the_model_has_are_no_text(
+    tokenizer_model: str, tokenizer_json: Path
+) -> None:
+    """A model's vocabulary can be larger than its tokenizer's, and any of it can be drawn."""
+    for kind, place in (
+        ("SentencePieceTokenizer", tokenizer_model),
+        ("HuggingFaceTokenizer", str(tokenizer_json)),
+    ):
+        tokenizer = load_tokenizer(kind, place)
+        ids = tokenizer.encode("shared keys")
+        beyond = tokenizer.vocab_size + 7
+        assert tokenizer.decode([*ids, beyond]) == tokenizer.decode(ids)
+        assert tokenizer.decode([beyond]) == ""
+
+
+class TestChats:
+    TEMPLATE = (
+        "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no judges') }}"
+        "{% endif %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+
+    @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
+    def test_the_template_of_the_folder(
+        self, where: str, tokenizer_json: Path, tmp_path: Path
+    ) -> None:
+        folder = folder_with(tokenizer_json, tmp_path, tokenizer_config={"eos_token": "<end>"})
+        if where == "chat_template.jinja":
+            (tmp_path / where).write_text(self.TEMPLATE)
+        else:
+            config = {"eos_token": "<end>", "chat_template": self.TEMPLATE}
+            (tmp_path / where).write_text(json.dumps(config))
+        tokenizer = HuggingFaceTokenizer(Path(folder))
+        assert tokenizer.has_chat_template
+        text = tokenizer.chat_text([{"role": "user", "content": "keys?"}])
+        assert text == "user: keys?<end>assistant: "
+        with pytest.raises(DataError, match="no judges"):
+            tokenizer.chat_text([{"role": "judge", "content": "keys?"}])
+
+    def test_where_there_is_none(self, tokenizer_json: Path, tmp_path: Path) -> None:
+        assert not HuggingFaceTokenizer(tokenizer_json).has_chat_template
+        folder = folder_with(tokenizer_json, tmp_path, tokenizer_config={"eos_token": "<end>"})
+        assert not HuggingFaceTokenizer(Path(folder)).has_chat_template

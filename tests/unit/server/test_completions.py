@@ -144,6 +144,8 @@ class TestStreams:
             parts = [c for x in chunks for c in x["choices"] if c["index"] == choice["index"]]
             assert "".join(part["text"] for part in parts) == choice["text"]
             assert [*chain(*(part["token_ids"] for part in parts))] == choice["token_ids"]
+            prompts = [part.get("prompt_token_ids") for part in parts]
+            assert prompts == [choice["prompt_token_ids"]] + [None] * (len(parts) - 1)
             for name, wanted in choice["logprobs"].items():
                 assert [*chain(*(part["logprobs"][name] for part in parts))] == wanted
             reasons = [part["finish_reason"] for part in parts]
@@ -209,6 +211,7 @@ def test_models_and_health(client):
     assert model == client.get(f"/v1/models/{MODEL}").json()
     assert (model["id"], model["max_model_len"]) == (MODEL, 512)
     assert client.get("/health").json() == {"status": "ok"}
+    assert "/v1/completions" in client.get("/openapi.json").json()["paths"]
 
 
 def test_metrics_count_what_has_happened(client):

@@ -144,6 +144,7 @@ class TestLimits:
             answer = server.post(**SHORT)
             assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
             assert "come back later" in answer.json()["error"]["message"]
+            assert answer.json()["error"]["type"] == "rate_limit_error"
         until(lambda: cancelled(server))
         assert server.post(**SHORT).status_code == 200
 
