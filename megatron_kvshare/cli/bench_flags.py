@@ -80,7 +80,7 @@ class BenchConfig:
     decode_steps: Count = 32
     """Steps timed of each generation, at four places spread evenly over it; where it has no more,
     all of it is run."""
-    budget: Seconds = 200
+    budget: Seconds = 150
     """Seconds for everything; rows that there is no time for are left out and named."""
     output: str | None = None
     """Folder for bench.json and the figures throughput.png and prefill_latency.png."""
