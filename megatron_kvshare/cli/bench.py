@@ -42,7 +42,8 @@ def run(argv: Sequence[str]) -> int:
     started = time.monotonic()
     command = Command(
         prog="kvshare bench",
-        description="Measure how many sequences the memory holds, and how fast they are.",
+        description="Measure how many sequences the memory holds, and how fast they are.\n"
+        "Sizes that are left out are those of --shape, not the defaults below.",
         examples=_EXAMPLES,
         rules=RULES,
         megatron=MEGATRON_FLAGS,
