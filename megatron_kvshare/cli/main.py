@@ -48,6 +48,7 @@ COMMANDS = {
     "evaluate": Subcommand("evaluate", "perplexity, the gap to exact evaluation, lm-eval tasks"),
     "generate": Subcommand("generate", "continue texts with a model; any map, any checkpoint"),
     "serve": Subcommand("serve", "OpenAI's HTTP interface to a model, with batching"),
+    "bench": Subcommand("bench", "what a map saves when serving: batch, speed, and their bounds"),
     "verify": Subcommand(
         "verify", "whether a checkpoint and a Hugging Face folder are the same model"
     ),

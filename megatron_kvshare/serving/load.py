@@ -120,15 +120,22 @@ def start_engine(opened: Opened, settings: EngineSettings, state: ParallelState)
     """
     text = opened.text()
     model = serving_model(opened.spec, opened.weights, settings.bf16, state)
-    worker = Worker(model, new_cache(model, settings, state))
-    if settings.cuda_graphs and worker.follows_table and state.tp_size == 1:
-        length = settings.max_length or opened.spec.model.max_positions
-        worker.record_graphs(settings.max_batch_size, length)
-    runner = WorkerRunner(worker, state)
+    runner = new_runner(model, new_cache(model, settings, state), settings, state)
     if not state.is_first:
         runner.follow()
         return None
     return Engine(opened.spec, runner, settings, *text)
+
+
+def new_runner(
+    model: KVShareGPT, cache: PagedCache, settings: EngineSettings, state: ParallelState
+) -> WorkerRunner:
+    """What carries out steps on this rank: on a GPU by graphs, where they can be recorded."""
+    worker = Worker(model, cache)
+    if settings.cuda_graphs and worker.follows_table and state.tp_size == 1:
+        length = settings.max_length or model.spec.model.max_positions
+        worker.record_graphs(settings.max_batch_size, length)
+    return WorkerRunner(worker, state)
 
 
 def serving_model(

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_kvshare.cli.bench_flags import RULES, BenchConfig, maps, with_sizes
 from megatron_kvshare.cli.main import main
+from megatron_kvshare.config.flags.command_line import Command, parse
 from tests.integration.conftest import ROOT, Workspace
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("pretrain_*.sh"))
@@ -42,15 +44,20 @@ SHOWING_PYTHON = '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n'
 
 
 @pytest.fixture
-def dry_run(workspace: Workspace, tmp_path: Path, monkeypatch, capsys):
+def showing_python(tmp_path: Path) -> str:
+    path = tmp_path / "python"
+    path.write_text(SHOWING_PYTHON)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def dry_run(workspace: Workspace, showing_python: str, monkeypatch, capsys):
     """What the command that an example starts would train; in this process, which has torch."""
     assert workspace.bash("bash examples/prepare_corpus.sh").returncode == 0
-    showing = tmp_path / "python"
-    showing.write_text(SHOWING_PYTHON)
-    showing.chmod(0o755)
 
     def run(name: str, **environment: str) -> str:
-        started = workspace.bash(f"bash examples/{name}", {**environment, "PYTHON": str(showing)})
+        started = workspace.bash(f"bash examples/{name}", {**environment, "PYTHON": showing_python})
         assert started.returncode == 0, started.stderr
         module, package, *arguments = started.stdout.splitlines()
         assert (module, package, arguments[0]) == ("-m", "megatron_kvshare", "pretrain")
@@ -146,6 +153,35 @@ def test_with_gpus_the_full_model_starts_on_all_of_them(workspace, gpu_machine):
         " --tokenizer-model tok.model --lr 1e-4"
     )
     assert done.stdout.strip() == wanted
+
+
+def test_the_serving_benchmark_runs_at_a_tiny_size(
+    workspace: Workspace, showing_python: str, monkeypatch, capsys
+):
+    """In this process; arguments win."""
+    code = "bash examples/bench_1b.sh --lengths 5+11 --kv-layers 3 --json"
+    started = workspace.bash(code, {"OUTPUT": "runs/bench", "PYTHON": showing_python})
+    assert started.returncode == 0 and "no GPU here" in started.stderr
+    module, package, *arguments = started.stdout.splitlines()
+    assert (module, package) == ("-m", "megatron_kvshare")
+    monkeypatch.chdir(workspace.folder)
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    names = ["standard", "pizza-bottom 3", "sandwich-top 3"]
+    assert [row["map"] for row in rows] == names
+    assert {(row["prompt"], row["generated"]) for row in rows} == {(5, 11)}
+    assert json.loads((workspace.folder / "runs/bench/bench.json").read_text())["rows"] == rows
+
+
+def test_the_serving_benchmark_at_full_size(workspace: Workspace, gpu_machine):
+    done = workspace.bash("bash examples/bench_1b.sh --cache-gb 3.6", gpu_machine)
+    module, package, command, *arguments = done.stdout.split()
+    assert (module, package, command) == ("-m", "megatron_kvshare", "bench")
+    config = parse(BenchConfig, with_sizes(arguments), Command("kvshare bench", rules=RULES))
+    assert config.model.num_layers == 22 and config.model.bf16 and config.budget == 180
+    assert config.pairs == ((5, 2043), (512, 1024), (2048, 2048))
+    counts = [len(each.map.producers) for each in maps(config, 22)]
+    assert counts == [11, 3, 11, 3] and config.cache_gb == 3.6
 
 
 DEEPSPEED = "deepspeed/pretrain_1b_top_share_deepspeed.sh"
