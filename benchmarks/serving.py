@@ -48,7 +48,7 @@ from megatron_kvshare.spec.model_spec import ModelSpec
 
 CPU = torch.device("cpu")
 FP32 = 4
-CACHE_BYTES = 200_000_000
+CACHE_BYTES = 205_000_000
 CONTEXTS = (512, 4096)
 PROMPTS = (512, 2048)
 STEPS = 6

@@ -54,8 +54,10 @@ def _lines(axes: Any, rows: Sequence[Row], quantity: Callable[[Row], float]) -> 
     for row in rows:
         families[row.family].append(row)
     (base, *_) = rows
-    for color, (family, members) in enumerate(families.items()):
+    for family, members in families.items():
         joined = members if family == base.family else [*members, base]
         joined = sorted(joined, key=lambda row: row.kv_layers)
         points = [(row.kv_layers, quantity(row)) for row in joined]
-        axes.plot(*zip(*points, strict=True), "o-", label=family, color=f"C{color}")
+        style = {"marker": "s", "color": "black"} if family == base.family else {"marker": "o"}
+        order = 3 if family == base.family else 2  # where all lines meet, it is the one seen
+        axes.plot(*zip(*points, strict=True), label=family, zorder=order, **style)
