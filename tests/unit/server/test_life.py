@@ -131,8 +131,8 @@ def test_what_a_slow_client_has_not_read_does_not_pile_up(live, monkeypatch):
 def test_whole_answers_that_are_not_read_are_let_go(live):
     server = live(send_buffer=FEW, stall_seconds=0.3)
     with sent(server, receive_buffer=FEW, **SHORT | {"max_tokens": 200}, logprobs=20) as client:
-        until(lambda: server.server.server_state.connections != set())
-        until(lambda: server.server.server_state.connections == set())
+        until(lambda: server.server.service.metrics.stats.generated_tokens == 200, 60)
+        until(lambda: server.server.server_state.connections == set(), 60)
         assert b"usage" not in rest(client)
 
 
