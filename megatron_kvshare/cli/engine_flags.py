@@ -85,6 +85,10 @@ def one_model(config: _HasModel) -> Iterator[Fault]:
         yield Fault("--load, --hf", config.model.load, what, "give either --load or --hf")
 
 
+_PATIENCE_MINUTES = 365 * 24 * 60.0
+"""Ranks wait for the next request, however long nobody asks; one that dies is noticed at once."""
+
+
 def start(model: ServedModel, settings: EngineSettings) -> Engine | None:
     """The engine, on the first rank; the others return None, once it has been closed.
 
@@ -98,5 +102,6 @@ def start(model: ServedModel, settings: EngineSettings) -> Engine | None:
     if parallel.is_initialized():
         state = parallel.current_state(platform.activate("auto"))
     else:
-        state = parallel.initialize(model.tensor_model_parallel_size)
+        tensor = model.tensor_model_parallel_size
+        state = parallel.initialize(tensor, timeout_minutes=_PATIENCE_MINUTES)
     return start_engine(opened, settings, state)

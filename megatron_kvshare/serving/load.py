@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from megatron_kvshare.checkpoint.reader import open_checkpoint
 from megatron_kvshare.checkpoint.tensors import TensorSource
 from megatron_kvshare.config import ParallelConfig
-from megatron_kvshare.conversion.folder import CONFIG
+from megatron_kvshare.conversion.folder import CONFIG, read_json
 from megatron_kvshare.conversion.importing import open_folder
 from megatron_kvshare.data.tokenizers import Tokenizer, kind_of, load_tokenizer
 from megatron_kvshare.errors import ConfigError, Fault
@@ -33,6 +32,7 @@ from megatron_kvshare.sharing.solver import solver_plan
 from megatron_kvshare.spec.model_spec import ModelSpec
 from megatron_kvshare.stages.placement import Placement
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _OF_FREE_MEMORY = 0.85
 """Of what a GPU has left beside the weights; the rest is for a step's own tensors."""
 
@@ -47,8 +47,21 @@ class TokenizerPlace(NamedTuple):
 
     def load(self) -> Tokenizer:
         """Raises :class:`DataError`: it is missing or broken."""
-        code = self.trust_remote_code
-        return load_tokenizer(self.kind, self.path, self.vocab_size, trust_remote_code=code)
+        return load_tokenizer(
+            self.kind,
+            self.path,
+            self.vocab_size,
+            split_special_tokens=self._splits_special_tokens(),
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def _splits_special_tokens(self) -> bool:
+        """As transformers reads it of that folder: exports say there how training read texts."""
+        if self.kind != "HuggingFaceTokenizer" or self.path is None:
+            return False
+        place = Path(self.path)
+        settings = (place if place.is_dir() else place.parent) / TOKENIZER_CONFIG
+        return settings.is_file() and bool(read_json(settings).get("split_special_tokens"))
 
 
 class Opened(NamedTuple):
@@ -191,7 +204,7 @@ def _eos_of(folder: Path) -> tuple[int, ...]:
     """What the folder's files say; ``generation_config.json`` first, as transformers does."""
     for name in ("generation_config.json", CONFIG):
         if (folder / name).is_file():
-            named = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            named = read_json(folder / name).get("eos_token_id")
             if named is not None:
                 ids: Sequence[int] = named if isinstance(named, list) else [named]
                 return tuple(ids)

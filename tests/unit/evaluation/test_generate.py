@@ -13,6 +13,7 @@ import torch
 from megatron_kvshare import load_model
 from megatron_kvshare.cli.main import main
 from megatron_kvshare.errors import ConfigError
+from megatron_kvshare.serving.load import open_model
 from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
 from tests.huggingface import TINY, exported, write_folder
@@ -137,3 +138,22 @@ def test_lines_without_a_prompt_are_named(with_text: str, tmp_path, capfd) -> No
         path.write_text(content + "\n")
         assert main(["generate", "--load", with_text, "--prompt-file", str(path)]) == 2
         assert "Traceback" not in capfd.readouterr().err
+
+
+def test_texts_are_read_as_the_folder_says(tmp_path, single) -> None:
+    """``split_special_tokens`` of an export: the name of a special token in a prompt is text."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = ["</s>", "<", "/", "s", ">", "we", "</"]
+    tokenizer = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="we"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    write_folder(tmp_path / "hf", TOP, RECIPES["one-sweep"])
+    tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
+    settings = tmp_path / "hf" / "tokenizer_config.json"
+    for split, wanted in ((False, [5, 0]), (True, [5, 6, 3, 4])):
+        content = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": split}
+        settings.write_text(json.dumps(content))
+        assert open_model(tmp_path / "hf").text().tokenizer.encode("we </s>") == wanted
