@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pyarrow
+import pytest
 from pyarrow import parquet
 
 from megatron_kvshare.data.tokenizers import load_tokenizer
@@ -34,6 +35,7 @@ def write_parquet(path: Path, found: list[str]) -> None:
     parquet.write_table(table, path, row_group_size=2, compression="snappy")
 
 
+@pytest.mark.nightly
 def test_recipes(tmp_path: Path) -> None:
     sample = tmp_path / "sample.txt"
     sample.write_text("\n".join(WORDS[i:] + WORDS[:i] for i in range(len(WORDS))))

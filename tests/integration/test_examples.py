@@ -155,6 +155,7 @@ def test_with_gpus_the_full_model_starts_on_all_of_them(workspace, gpu_machine):
     assert done.stdout.strip() == wanted
 
 
+@pytest.mark.nightly
 def test_the_serving_benchmark_runs_at_a_tiny_size(
     workspace: Workspace, showing_python: str, monkeypatch, capsys
 ):

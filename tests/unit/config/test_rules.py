@@ -123,7 +123,11 @@ WRONG = [
     ("--load no/such --save no/such", "--load", "write --resume auto instead"),
     ("--resume auto", "--resume", "add --save FOLDER"),
     ("--loss-spike-factor 1", "--loss-spike-factor", ""),
-    ("--tokenizer-type HuggingFaceTokenizer", "--tokenizer-model", "add --tokenizer-model FOLDER"),
+    (
+        "--tokenizer-type HuggingFaceTokenizer",
+        "--tokenizer-model",
+        "add --tokenizer-model FILE_OR_FOLDER",
+    ),
     ("--tokenizer-model no/such.model", "--tokenizer-model", "kvshare train-tokenizer"),
 ]
 

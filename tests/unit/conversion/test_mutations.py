@@ -16,6 +16,7 @@ from megatron_kvshare.conversion.importing import open_folder
 from megatron_kvshare.conversion.verify import same_logits
 from megatron_kvshare.errors import CheckpointError, KVShareError
 from megatron_kvshare.evaluation.api import LoadedModel
+from megatron_kvshare.serving.load import Opened
 from megatron_kvshare.sharing.patterns import build_map
 from tests.huggingface import write_folder
 from tests.mutations import mutations, text_mutations
@@ -76,7 +77,8 @@ def test_config(tmp_path: Path, single, name: str, count: int) -> None:
             continue
         accepted += 1
         model = whole_model(found.spec, found.weights, single)
-        mine = LoadedModel(model, found.spec).logits(TOKENS)
+        opened = Opened(found.spec, found.weights, tokenizer=None)
+        mine = LoadedModel(model, opened, single).logits(TOKENS)
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4, msg=what)
     assert 0 < accepted < count
 
