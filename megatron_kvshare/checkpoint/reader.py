@@ -97,15 +97,25 @@ def check_weights(
 def native_model(spec: ModelSpec, source: TensorSource, state: ParallelState) -> KVShareGPT:
     """The native model in one process, with the weights of ``source``."""
     assert state.world_size == 1, "one process holds the whole model"
-    plan = solver_plan(spec.map, spec.recipe)
-    (model,) = build_stages(spec, ParallelConfig(), plan, Placement.whole(spec.map).stages, state)
+    return model_without_stages(spec, source, state)
+
+
+def model_without_stages(spec: ModelSpec, source: TensorSource, state: ParallelState) -> KVShareGPT:
+    """All layers, of each the part of this tensor-parallel rank, with the weights of ``source``."""
+    plan, stages = solver_plan(spec.map, spec.recipe), Placement.whole(spec.map).stages
+    layout = ParallelConfig(tensor_model_parallel_size=state.tp_size)
+    (model,) = build_stages(spec, layout, plan, stages, state)
     fill(model, source.read)
     return model
 
 
-def whole_model(spec: ModelSpec, source: TensorSource, state: ParallelState) -> KVShareGPT:
-    """The same in fp32, for scoring."""
+def without_training(spec: ModelSpec, bf16: bool = False) -> ModelSpec:
+    """The same model without what only training needs."""
     # Texts of any length: compiling for them would cost more than it gains.
-    plain = {"bf16": False, "recompute_granularity": None, "transformer_impl": "local"}
-    model = replace(spec.model, compile=False, **plain)
-    return native_model(replace(spec, model=model), source, state).eval()
+    plain = {"recompute_granularity": None, "transformer_impl": "local", "compile": False}
+    return replace(spec, model=replace(spec.model, bf16=bf16, **plain))
+
+
+def whole_model(spec: ModelSpec, source: TensorSource, state: ParallelState) -> KVShareGPT:
+    """The native model in one process in fp32, for scoring."""
+    return native_model(without_training(spec), source, state).eval()

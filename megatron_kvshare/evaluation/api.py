@@ -17,11 +17,9 @@ from megatron_kvshare.megatron_api.linear import read_for_few_rows
 from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.serving.engine import Engine
 from megatron_kvshare.serving.generate import Generated, generate
-from megatron_kvshare.serving.load import Opened, new_cache, open_model
+from megatron_kvshare.serving.load import Opened, new_cache, new_runner, open_model
 from megatron_kvshare.serving.request import Sampling
-from megatron_kvshare.serving.runner import WorkerRunner
 from megatron_kvshare.serving.settings import EngineSettings, PrefillMode
-from megatron_kvshare.serving.worker import Worker
 from megatron_kvshare.sharing.plan import ExecutionPlan
 from megatron_kvshare.sharing.solver import EXACT_RESIDUAL_FP32, exact_plan, solver_plan
 
@@ -104,9 +102,8 @@ class LoadedModel:
         settings = EngineSettings(
             kv_prefill=kv_prefill, max_batch_size=max(1, min(len(prompts), max_batch_size))
         )
-        runner = WorkerRunner(
-            Worker(self.model, new_cache(self.model, settings, self._state)), self._state
-        )
+        cache = new_cache(self.model, settings, self._state)
+        runner = new_runner(self.model, cache, settings, self._state)
         engine = Engine(self.spec, runner, settings, *self._opened.text())
         return generate(engine, prompts, asked)
 

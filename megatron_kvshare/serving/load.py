@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from megatron_kvshare.checkpoint.reader import open_checkpoint
+from megatron_kvshare.checkpoint.reader import (
+    model_without_stages,
+    open_checkpoint,
+    without_training,
+)
 from megatron_kvshare.checkpoint.tensors import TensorSource
-from megatron_kvshare.config import ParallelConfig
 from megatron_kvshare.conversion.folder import CONFIG, read_json
 from megatron_kvshare.conversion.importing import open_folder
 from megatron_kvshare.data.tokenizers import Tokenizer, kind_of, load_tokenizer
@@ -20,17 +22,14 @@ from megatron_kvshare.errors import ConfigError, Fault
 from megatron_kvshare.kernels.choice import on_gpu
 from megatron_kvshare.megatron_api.linear import read_for_few_rows
 from megatron_kvshare.megatron_api.parallel import ParallelState
-from megatron_kvshare.model.gpt import KVShareGPT, build_stages
-from megatron_kvshare.model.parameters import fill
+from megatron_kvshare.model.gpt import KVShareGPT
 from megatron_kvshare.serving.cache import PagedCache
 from megatron_kvshare.serving.engine import Engine
 from megatron_kvshare.serving.layout import CacheLayout
 from megatron_kvshare.serving.runner import WorkerRunner
 from megatron_kvshare.serving.settings import EngineSettings
 from megatron_kvshare.serving.worker import Worker
-from megatron_kvshare.sharing.solver import solver_plan
 from megatron_kvshare.spec.model_spec import ModelSpec
-from megatron_kvshare.stages.placement import Placement
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _OF_FREE_MEMORY = 0.85
@@ -159,13 +158,7 @@ def serving_model(
         rule = "a token goes through all layers, and keys and values between them, on every rank"
         fix = "use --tensor-model-parallel-size instead"
         raise ConfigError(Fault("--pipeline-model-parallel-size", state.pp_size, rule, fix))
-    plain = {"recompute_granularity": None, "transformer_impl": "local", "compile": False}
-    spec = replace(spec, model=replace(spec.model, bf16=bf16, **plain))
-    plan, stages = solver_plan(spec.map, spec.recipe), Placement.whole(spec.map).stages
-    layout = ParallelConfig(tensor_model_parallel_size=state.tp_size)
-    (model,) = build_stages(spec, layout, plan, stages, state)
-    with torch.no_grad():
-        fill(model, weights.read)
+    model = model_without_stages(without_training(spec, bf16), weights, state)
     read_for_few_rows(model.parameters())
     return model.eval()
 
