@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from megatron_kvshare.checkpoint.tensors import TensorInfo
@@ -29,7 +27,5 @@ class RandomWeights:
         tensor = torch.empty(weight.shape, dtype=dtype, device=self._device)
         if weight.init is Init.ONES:
             return tensor.fill_(1.0)
-        std = self._settings.init_method_std
-        if weight.init is Init.RESIDUAL:
-            std /= math.sqrt(2 * self._settings.num_layers)
+        std = weight.initial_std(self._settings.init_method_std, self._settings.num_layers)
         return tensor.normal_(0.0, std, generator=self._generator)

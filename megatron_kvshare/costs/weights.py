@@ -84,6 +84,11 @@ class Weight:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def initial_std(self, init_method_std: float, num_layers: int) -> float:
+        """Of the normal distribution that it is drawn from, where ``init`` is not ONES."""
+        is_output = self.init is Init.RESIDUAL
+        return init_method_std / math.sqrt(2 * num_layers) if is_output else init_method_std
+
     def parameter_on(self, stage: Held) -> str:
         """The full name of its parameter in the module of a pipeline stage."""
         if self.layer is None:

@@ -8,7 +8,6 @@ weights are fused or split.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,12 +101,10 @@ def initialize(model: KVShareGPT, seed: int) -> None:
     Equal on every layout and vocabulary padding, because each tensor is drawn whole and then cut.
     """
     settings = model.spec.model
-    residual_std = settings.init_method_std / math.sqrt(2 * settings.num_layers)
     table = {weight.name: weight for weight in model.spec.weights}
 
     def initial(name: str) -> torch.Tensor:
-        is_output = table[name].init is Init.RESIDUAL
-        std = residual_std if is_output else settings.init_method_std
+        std = table[name].initial_std(settings.init_method_std, settings.num_layers)
         return _initial_tensor(table[name], seed, std)
 
     fill(model, initial)
