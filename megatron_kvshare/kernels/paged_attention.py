@@ -20,31 +20,39 @@ Tensor = torch.Tensor
 _FLOOR = -1e30
 
 
-class PageTable(NamedTuple):
-    """The pages of ``b`` sequences. ``pages`` says which of the pool the arrays below are about:
-    a slice of it, or ids ``[p]``.
+class PageRows(NamedTuple):
+    """The pages of ``b`` sequences, in the order of their tokens, for the kernel of GPUs:
+    ``ids`` int32 ``[b, most pages]``."""
+
+    ids: Tensor
+
+
+class PageList(NamedTuple):
+    """The pages of ``b`` sequences, for products over pages. ``pages`` says which of the pool the
+    arrays below are about: a slice of it, or ids ``[p]``.
 
     ``owner`` ``[p]``: the sequence, by its place in the batch; ``first`` ``[p]``: the position of
-    the page's first token, beyond every limit for a page that nobody reads. ``table``: the same as
-    int32 ``[b, most pages]``, for the kernel of GPUs; None on a CPU.
+    the page's first token, beyond every limit for a page that nobody reads.
     """
 
     pages: slice | Tensor
     owner: Tensor
     first: Tensor
-    table: Tensor | None = None
 
 
-class Reach(NamedTuple):
-    """What the query of each sequence sees: the positions ``floor..limit - 1`` (each ``[b]``).
+PageTable = PageRows | PageList
 
-    ``mask``: the same for the pages of a table, ``[p, 1, 1, page_size]``, 0 or -inf; None where the
-    kernel of GPUs takes ``limit`` and ``window``, the number of tokens it sees at most.
-    """
+
+class Limits(NamedTuple):
+    """What the query of each sequence sees, for the kernel of GPUs: positions below ``limit`` int32
+    ``[b]``, the last ``window`` of them (None: all)."""
 
     limit: Tensor
     window: int | None
-    mask: Tensor | None
+
+
+Reach = Limits | Tensor
+"""The same for products over pages: a mask ``[p * g, 1, page_size]``, 0 or -inf."""
 
 
 class PagedKV(NamedTuple):
@@ -56,27 +64,35 @@ class PagedKV(NamedTuple):
     reach: Reach
 
 
-def reach(table: PageTable, limit: Tensor, window: int | None, page_size: int) -> Reach:
+def reach(table: PageTable, limit: Tensor, window: int | None, pool: Tensor) -> Reach:
     """``limit`` ``[b]``: one more than the last position that a sequence's query sees; ``window``:
-    how many positions up to there it sees at most."""
-    if table.table is not None:
-        return Reach(limit.int(), window, None)
+    how many positions up to there it sees at most; ``pool``: keys ``[pages, page_size, g, d]``."""
+    if isinstance(table, PageRows):
+        return Limits(limit.int(), window)
+    _, page_size, groups, _ = pool.shape
     position = table.first[:, None] + torch.arange(page_size, device=limit.device)
     last = limit[table.owner][:, None]
     hidden = position >= last
     if window is not None:
         hidden |= position < last - window
     mask = torch.zeros(position.shape, device=limit.device).masked_fill_(hidden, float("-inf"))
-    return Reach(limit, window, mask[:, None, None])
+    return mask.repeat_interleave(groups, dim=0)[:, None]
 
 
 def attend_pages(query: Tensor, source: PagedKV) -> Tensor:
     """``[b, n, d]`` queries, one token of each sequence -> ``[b, n, d]``; a query that sees nothing
     gives exactly 0."""
-    if source.table.table is not None:
-        return _varlen(query, source)
-    key, value, (pages, owner, _, _), (_, _, mask) = source
-    assert mask is not None
+    key, value, table, seen = source
+    if isinstance(table, PageRows):
+        assert isinstance(seen, Limits)
+        return _varlen(query, key, value, table, seen)
+    assert isinstance(seen, Tensor)
+    return _over_pages(query, key, value, table, seen)
+
+
+def _over_pages(query: Tensor, key: Tensor, value: Tensor, table: PageList, mask: Tensor) -> Tensor:
+    """The pages as a batch of products, added up for each sequence."""
+    pages, owner, _ = table
     b, n, d = query.shape
     groups = key.shape[2]
     # [p * g, page_size, d]: a view where each head of a page is one block of memory
@@ -85,8 +101,7 @@ def attend_pages(query: Tensor, source: PagedKV) -> Tensor:
     grouped = queries.index_select(0, owner).flatten(0, 1)  # [p * g, n / g, d]
     if keys.dtype != torch.float32:  # scores in 16 bit would lose what matters
         grouped, keys, values = grouped.float(), keys.float(), values.float()
-    biases = mask.expand(-1, groups, -1, -1).flatten(0, 1)  # [p * g, 1, page_size]
-    scores = torch.baddbmm(biases, grouped, keys.transpose(1, 2), alpha=d**-0.5)
+    scores = torch.baddbmm(mask, grouped, keys.transpose(1, 2), alpha=d**-0.5)
     highest = scores.amax(-1).view(len(owner), n)
     rows = owner[:, None].expand(-1, n)
     of_sequence = highest.new_full((b, n), _FLOOR).scatter_reduce_(0, rows, highest, "amax")
@@ -99,17 +114,16 @@ def attend_pages(query: Tensor, source: PagedKV) -> Tensor:
     return (summed / total.clamp_min_(1e-30)[..., None]).to(query.dtype)
 
 
-def _varlen(query: Tensor, source: PagedKV) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, table: PageRows, seen: Limits) -> Tensor:
     """FlashAttention as torch has it, on the pool and the table as they are."""
-    if source.reach.window == 0:
+    limit, window = seen
+    if window == 0:
         return torch.zeros_like(query)
     from torch.nn.attention.varlen import varlen_attn
 
-    key, value, table, (limit, window, _) = source
-    assert table.table is not None
     b = len(query)
     starts = torch.arange(b + 1, dtype=torch.int32, device=query.device)
-    most = table.table.shape[1] * key.shape[1]
+    most = table.ids.shape[1] * key.shape[1]
     out = varlen_attn(
         query,
         key,
@@ -121,7 +135,7 @@ def _varlen(query: Tensor, source: PagedKV) -> Tensor:
         window_size=(-1, -1) if window is None else (window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[2],
         seqused_k=limit,
-        block_table=table.table,
+        block_table=table.ids,
     )
     return torch.where((limit > 0)[:, None, None], out, torch.zeros_like(out))
 

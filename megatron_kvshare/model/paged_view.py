@@ -93,6 +93,6 @@ def _kinds(
             # A strict query sees the window's tokens but its own.
             window = spec.window_size if windowed else None
             window = window - 1 if window is not None and strict else window
-            same[alike] = reach(table, limit, window, pools[producer].key.shape[1])
+            same[alike] = reach(table, limit, window, pools[producer].key)
         kinds[producer, strict, windowed] = same[alike]
     return kinds

@@ -160,22 +160,24 @@ class Engine:
         self.runner.close()
 
     def _outputs(self, result: StepResult) -> list[Output]:
-        opens = [self._open[self._by_number[number]] for number in result.sequences]
-        wanting = [n for n, each in enumerate(opens) if each.sequence.most > each.sequence.computed]
-        outputs = [
-            self._without_tokens(each)
-            for each in opens
-            if each.sequence.most <= each.sequence.computed
-        ]
+        outputs: list[Output] = []
+        wanting: list[_Open] = []
+        rows: list[int] = []
+        for row, number in enumerate(result.sequences):
+            each = self._open[self._by_number[number]]
+            if each.sequence.is_full:
+                outputs.append(self._without_tokens(each))
+            else:
+                wanting.append(each)
+                rows.append(row)
         if not wanting:
             return outputs
-        opens = [opens[n] for n in wanting]
-        rows = [
+        draws = [
             Draw(s.request.sampling, s.seed, len(s.tokens), s.tokens)
-            for s in (each.sequence for each in opens)
+            for s in (each.sequence for each in wanting)
         ]
-        drawn = draw(result.logits[wanting], rows)
-        for each, token, logprob in zip(opens, *drawn, strict=True):
+        drawn = draw(result.logits[rows], draws)
+        for each, token, logprob in zip(wanting, *drawn, strict=True):
             outputs.append(self._output(each, token, logprob))
         return outputs
 
@@ -193,10 +195,9 @@ class Engine:
         if each.text is not None and ends:
             text = each.text.finish()
         elif each.text is not None:
-            is_full = len(sequence.tokens) >= sequence.most
-            text, stopped = each.text.add(token, is_last=is_full)
+            text, stopped = each.text.add(token, is_last=sequence.is_full)
             finished = FinishReason.STOP if stopped else None
-        if finished is None and len(sequence.tokens) >= sequence.most:
+        if finished is None and sequence.is_full:
             finished = FinishReason.LENGTH
         if finished is not None:
             self._remove(sequence)

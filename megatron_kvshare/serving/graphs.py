@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from megatron_kvshare.kernels.paged_attention import PageTable
+from megatron_kvshare.kernels.paged_attention import PageRows, PageTable
 
 
 class DecodeInputs(NamedTuple):
@@ -66,11 +67,9 @@ class DecodeGraphs:
         def fill(x: torch.Tensor) -> torch.Tensor:
             return torch.cat((x, x[:1].expand(size - len(x), *x.shape[1:])))
 
-        def widened(table: PageTable, width: int) -> PageTable:
-            assert table.table is not None, "graphs read pages by the table"
-            rows = torch.nn.functional.pad(table.table, (0, width - table.table.shape[1]))
-            filled = fill(rows)
-            return PageTable(slice(0, 0), filled, filled, filled)
+        def widened(table: PageTable, width: int) -> PageRows:
+            assert isinstance(table, PageRows), "graphs read pages by the table"
+            return PageRows(fill(F.pad(table.ids, (0, width - table.ids.shape[1]))))
 
         pairs = zip(inputs.tables, self.widths, strict=True)
         return DecodeInputs(
@@ -109,5 +108,5 @@ def record_on_gpu() -> Record:
 
 
 def _tensors(inputs: DecodeInputs) -> list[torch.Tensor]:
-    tables = [table.table for table in inputs.tables if table.table is not None]
+    tables = [table.ids for table in inputs.tables if isinstance(table, PageRows)]
     return [inputs.ids, inputs.positions, inputs.slots, *inputs.pages, *tables]

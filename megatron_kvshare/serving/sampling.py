@@ -34,7 +34,9 @@ def draw(logits: torch.Tensor, rows: Sequence[Draw]) -> Drawn:
     With a temperature the noise is Gumbel's (the largest of logit + noise is a sample of the
     distribution), so a change of logits below the margin of the two largest changes nothing.
     """
-    scores = _cut(_scaled(_penalised(logits, rows), rows), rows)
+    scores = logits
+    if not all(_takes_the_likeliest(row.sampling) for row in rows):
+        scores = _cut(_scaled(_penalised(logits, rows), rows), rows)
     for number, row in enumerate(rows):
         if row.sampling.temperature > 0:
             scores[number] -= _noise(row, logits)
@@ -63,6 +65,11 @@ def token_logprobs(
         pairs = zip(ids.tolist(), values.tolist(), strict=True)
         top = [tuple(zip(*pair, strict=True)) for pair in pairs]
     return [TokenLogprob(*each) for each in zip(targets, own, top, strict=True)]
+
+
+def _takes_the_likeliest(sampling: Sampling) -> bool:
+    """Whatever is cut, the likeliest token stays."""
+    return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
 
 def _penalised(logits: torch.Tensor, rows: Sequence[Draw]) -> torch.Tensor:

@@ -31,8 +31,9 @@ class Sequence:
         return len(self.request.prompt)
 
     @property
-    def generated(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
+    def is_full(self) -> bool:
+        """It has all the tokens that it can have."""
+        return len(self.tokens) >= self.most
 
     @property
     def is_prefilled(self) -> bool:

@@ -8,7 +8,12 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_kvshare.kernels.paged_attention import PageTable, has_paged_kernel
+from megatron_kvshare.kernels.paged_attention import (
+    PageList,
+    PageRows,
+    PageTable,
+    has_paged_kernel,
+)
 from megatron_kvshare.megatron_api.layers import gather_last_dim
 from megatron_kvshare.model.block import StageTensors
 from megatron_kvshare.model.context import Past, SequenceContexts, sequence_contexts
@@ -220,8 +225,7 @@ class Worker:
         if self.follows_table:
             most = max(map(len, tables))
             rows = [[max(x, 0) for x in pages] + [0] * (most - len(pages)) for pages in tables]
-            table = torch.tensor(rows, dtype=torch.int32, device=self.device)
-            return PageTable(slice(0, 0), table, table, table)
+            return PageRows(torch.tensor(rows, dtype=torch.int32, device=self.device))
         size = self.cache.layout.page_size
         held = [
             (page, owner, index * size)
@@ -236,13 +240,13 @@ class Worker:
             of_pages, owner, first = (
                 torch.tensor(x, device=self.device) for x in zip(*held, strict=True)
             )
-            return PageTable(of_pages, owner, first)
+            return PageList(of_pages, owner, first)
         owner = torch.zeros(high - low, dtype=torch.long)
         first = torch.full((high - low,), _NOWHERE)
         index = torch.tensor(ids) - low
         owner[index] = torch.tensor([x for _, x, _ in held])
         first[index] = torch.tensor([x for _, _, x in held])
-        return PageTable(slice(low, high), owner.to(self.device), first.to(self.device))
+        return PageList(slice(low, high), owner.to(self.device), first.to(self.device))
 
 
 def _last_position(token: NewToken | Chunk) -> int:
