@@ -66,36 +66,26 @@ class VisitContext:
 
     def _visibility(self, strict: bool, windowed: bool, known: int) -> Visibility:
         window = self.spec.window_size if windowed else None
-        if self.past is not None:
-            return self._after_past(self.past.tokens, strict, window, known)
-        if self.stride == 1:
+        past = 0 if self.past is None else self.past.tokens
+        if self.stride == 1 and not past:
             return self.layout.visibility(strict, window)
         full = window is None or window >= self.layout.length
-        if self.blockwise and full and self.layout.document_ids is None:
+        if self.blockwise and full and self.layout.document_ids is None and not past:
             if not self.one_kernel:
                 return Visibility(strict, offset=self.offset)
             length, device = self.layout.length, self.layout.device
             mask = subset_mask(length, self.stride, self.offset, strict, known, device)
             return Visibility(strict, block_mask=mask)
+        # The keys are those of the past, then the known blocks.
+        before = torch.arange(past, device=self.layout.device)
         subset = replace(
-            self.layout,
-            query_positions=self._positions(self.offset),
-            key_positions=torch.cat([self._positions(block) for block in range(known)]),
-            first_token=self.offset == 0,
-        )
-        return replace(subset.visibility(strict, window), grouped=True)
-
-    def _after_past(self, past: int, strict: bool, window: int | None, known: int) -> Visibility:
-        """The keys are those of the past, then the known blocks."""
-        own = [past + self._positions(block) for block in range(known)]
-        layout = replace(
             self.layout,
             length=past + self.layout.length,
             query_positions=past + self._positions(self.offset),
-            key_positions=torch.cat([torch.arange(past, device=self.layout.device), *own]),
-            first_token=False,
+            key_positions=torch.cat([before, *(past + self._positions(n) for n in range(known))]),
+            first_token=self.offset == 0 and not past,
         )
-        return layout.visibility(strict, window)
+        return replace(subset.visibility(strict, window), grouped=not past)
 
     def _positions(self, offset: int) -> torch.Tensor:
         return torch.arange(offset, self.layout.length, self.stride, device=self.layout.device)
