@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_kvshare.cli.progress import ProgressLine
+from megatron_kvshare.cli.subcommands import dispatch
 from megatron_kvshare.config import SharingConfig
 from megatron_kvshare.config.fields.types import SCHEMA, Seed, dataclass
 from megatron_kvshare.config.flags.command_line import Command, parse
@@ -97,18 +98,8 @@ def run(argv: Sequence[str]) -> int:
         "from-hf": _from_hf,
         "to-native": _to_native,
     }
-    if argv and argv[0] in directions:
-        return directions[argv[0]](argv[1:])
-    names = list(directions)
-    if argv and argv[0] in ("--help", "-h"):
-        print(f"usage: kvshare convert {'|'.join(names)} [flags]\n\nExamples:\n{_TO_EXAMPLES}")
-        print(f"\n{_FROM_EXAMPLES}\n\n{_NATIVE_EXAMPLES}")
-        print("\nEach direction explains its flags with --help.")
-        return 0
-    given = argv[0] if argv else None
-    fix = f"write one of: {', '.join(f'`kvshare convert {name} ...`' for name in names)}"
-    rule = f"the directions are {', '.join(names)}"
-    raise ConfigError(Fault("kvshare convert", given, rule, fix))
+    examples = f"{_TO_EXAMPLES}\n\n{_FROM_EXAMPLES}\n\n{_NATIVE_EXAMPLES}"
+    return dispatch("kvshare convert", "direction", directions, examples, argv)
 
 
 def _to_hf(argv: Sequence[str]) -> int:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from megatron_kvshare.cli.progress import ProgressLine
+from megatron_kvshare.cli.subcommands import dispatch
 from megatron_kvshare.config.blend import parse_split
 from megatron_kvshare.config.fields.data import TokenizerType
 from megatron_kvshare.config.fields.types import SCHEMA, Count, Index, Seed, dataclass
 from megatron_kvshare.config.flags.command_line import Command, parse
-from megatron_kvshare.errors import ConfigError, Fault
 
 if TYPE_CHECKING:
     from megatron_kvshare.data.corpus import Corpus
@@ -113,16 +113,7 @@ def run(argv: Sequence[str]) -> int:
         "inspect": _inspect,
         "index": _index,
     }
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
-    if argv and argv[0] in ("--help", "-h"):
-        print(f"usage: kvshare data {'|'.join(commands)} [flags]\n\nExamples:\n{_EXAMPLES}")
-        print("\nEach command explains its flags with --help.")
-        return 0
-    given = argv[0] if argv else None
-    fix = f"write one of: {', '.join(f'`kvshare data {name} ...`' for name in commands)}"
-    rule = f"the commands are {', '.join(commands)}"
-    raise ConfigError(Fault("kvshare data", given, rule, fix))
+    return dispatch("kvshare data", "command", commands, _EXAMPLES, argv)
 
 
 def _merge(argv: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,17 +60,7 @@ class SamplingFlags:
 
     def sampling(self) -> Sampling:
         """As the engine takes them. Raises :class:`ConfigError` with all faults."""
-        return Sampling(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-            seed=self.seed,
-        )
+        return Sampling(**{each.name: getattr(self, each.name) for each in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, config=SCHEMA)

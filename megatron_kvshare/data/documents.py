@@ -241,13 +241,18 @@ def _crooked(at: _At, text: str) -> BadRecord | None:
     return None
 
 
-def _plain(at: _At, content: bytes) -> Record:
+def _decoded(at: _At, content: bytes, encoding: str = "utf-8") -> str | BadRecord:
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         return at.bad(Reason.NOT_UTF8, f"not UTF-8 ({error})", content)
-    if bad := _crooked(at, text):
-        return bad
+    return _crooked(at, text) or text
+
+
+def _plain(at: _At, content: bytes) -> Record:
+    text = _decoded(at, content, "utf-8-sig")
+    if isinstance(text, BadRecord):
+        return text
     text = text.replace("\r\n", "\n")
     return Document([text.rstrip("\r\n") if at.number else text], *at)
 
@@ -259,11 +264,8 @@ def _row(at: _At, values: Sequence[bytes | None], keys: Sequence[str], max_bytes
             return at.bad(Reason.NULL, f"the column {key!r} is null here")
         if len(value) > max_bytes:
             return at.too_long(max_bytes)
-        try:
-            text = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return at.bad(Reason.NOT_UTF8, f"not UTF-8 ({error})", value)
-        if bad := _crooked(at, text):
-            return bad
+        text = _decoded(at, value)
+        if isinstance(text, BadRecord):
+            return text
         texts.append(text)
     return Document(texts, *at)

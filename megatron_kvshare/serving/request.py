@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
-from megatron_kvshare.errors import ConfigError, Fault
+from megatron_kvshare.serving.settings import FieldRule, check
 
 _MOST_SEED = 2**63 - 1
 
@@ -44,15 +44,9 @@ class Sampling:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        faults = [
-            Fault(name, getattr(self, name), rule, fix)
-            for name, holds, rule, fix in self._rules()
-            if not holds
-        ]
-        if faults:
-            raise ConfigError(faults)
+        check(self, self._rules())
 
-    def _rules(self) -> list[tuple[str, bool, str, str]]:
+    def _rules(self) -> list[FieldRule]:
         most = MOST_LOGPROBS
         return [
             ("max_tokens", _at_least(self.max_tokens, 0), "a number of tokens", "use 0 or more"),

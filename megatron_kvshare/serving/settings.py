@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_kvshare.errors import ConfigError, Fault
 
 PrefillMode = Literal["trained", "converged", "exact"]
+
+FieldRule = tuple[str, bool, str, str]
+"""A field, whether it is as it must be, how that is, and the way out."""
+
+
+def check(
+    settings: object, rules: Sequence[FieldRule], shown: Callable[[str], str] = lambda name: name
+) -> None:
+    """Raise :class:`ConfigError` with every field that is not as it must be; ``shown``: what the
+    user calls it."""
+    faults = [
+        Fault(shown(name), getattr(settings, name), rule, fix)
+        for name, holds, rule, fix in rules
+        if not holds
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +51,9 @@ class EngineSettings:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        faults = [
-            Fault(f"--{name.replace('_', '-')}", getattr(self, name), rule, fix)
-            for name, holds, rule, fix in self._rules()
-            if not holds
-        ]
-        if faults:
-            raise ConfigError(faults)
+        check(self, self._rules(), lambda name: f"--{name.replace('_', '-')}")
 
-    def _rules(self) -> list[tuple[str, bool, str, str]]:
+    def _rules(self) -> list[FieldRule]:
         one = self.cache_gb is None or self.cache_tokens is None
         return [
             ("page_size", 1 <= self.page_size <= 65536, "tokens of a page", "use 128"),

@@ -8,23 +8,18 @@ from typing import Any, Protocol
 
 from megatron_kvshare.conversion.config_keys import value_faults
 from megatron_kvshare.errors import Fault, runs
+from megatron_kvshare.rope import ROPE_SETTINGS
 from megatron_kvshare.sharing.map import SharingMap
 
-_ROPE = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-"""Rotary embeddings that vLLM computes as transformers does, and what each needs."""
-_ROPE_OPTIONS = {
-    "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
-}
+_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that vLLM computes as transformers does."""
+_ROPE_NEEDS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+"""Of the settings that a kind reads, those that vLLM has no value for by itself."""
 _ROPE_WHY_NOT = {
     "dynamic": "vLLM scales by one fixed length, transformers by the length of the text",
     "longrope": "vLLM chooses its factors by --max-model-len, transformers by the length of the "
@@ -85,10 +80,14 @@ def target_name(sharing: SharingMap, layer: int, prefix: str) -> str | None:
 def rope_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
     """What vLLM is told of the rotary embedding: keys that transformers would not read are left
     out, and a whole factor becomes the float that vLLM wants."""
-    kind = given["rope_type"]
-    keys = ("rope_type", "rope_theta", *_ROPE[kind], *_ROPE_OPTIONS.get(kind, ()))
+    keys = ("rope_type", "rope_theta", *_rope_keys(given["rope_type"]))
     told = {key: given[key] for key in keys if given.get(key) is not None}
     return told | ({"factor": float(told["factor"])} if "factor" in told else {})
+
+
+def _rope_keys(kind: str) -> tuple[str, ...]:
+    """What a kind reads beside its base."""
+    return tuple(ROPE_SETTINGS.get(kind, {}).values())
 
 
 def faults(config: Mapping[str, Any], sharing: SharingMap, engine: Engine) -> list[Fault]:
@@ -125,7 +124,8 @@ def _rope_faults(rope: Mapping[str, Any], engine: Engine) -> Iterator[Fault]:
         usual = f"vLLM's are known to equal transformers' for {', '.join(_ROPE)} only"
         yield Fault(where, dict(rope), _ROPE_WHY_NOT.get(kind, usual), fix)
         return
-    missing = [key for key in _ROPE[kind] if rope.get(key) is None]
+    needed = (key for key in _rope_keys(kind) if key in _ROPE_NEEDS)
+    missing = [key for key in needed if rope.get(key) is None]
     if missing:
         rule = f"vLLM needs {', '.join(missing)} for {kind!r}"
         yield Fault(where, dict(rope), rule, "write into config.json what training used")

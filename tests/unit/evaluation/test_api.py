@@ -6,25 +6,13 @@ import pytest
 import torch
 
 from megatron_kvshare import load_model
-from megatron_kvshare.cli.main import main
 from megatron_kvshare.errors import CheckpointError, ConfigError
-from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
 from tests.huggingface import TINY, exported, write_folder
 from tests.product import random_tokens
+from tests.unit.evaluation.conftest import TOP
 
-TOP = build_map(8, "sandwich-top", 3)
 LENGTH = 19
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, single):
-    root = tmp_path_factory.mktemp("models")
-    write_folder(root / "hf", TOP, RECIPES["one-sweep"])
-    assert (
-        main(["convert", "from-hf", "--hf", str(root / "hf"), "--save", str(root / "native")]) == 0
-    )
-    return root
 
 
 @pytest.fixture

@@ -14,23 +14,12 @@ from megatron_kvshare import load_model
 from megatron_kvshare.cli.main import main
 from megatron_kvshare.errors import ConfigError
 from megatron_kvshare.serving.load import open_model
-from megatron_kvshare.sharing.patterns import build_map
 from megatron_kvshare.sharing.solver import RECIPES
 from tests.huggingface import TINY, exported, write_folder
 from tests.serving import prompts_of
+from tests.unit.evaluation.conftest import TOP
 
-TOP = build_map(8, "sandwich-top", 3)
 NEW = 10
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, single):
-    root = tmp_path_factory.mktemp("models")
-    write_folder(root / "hf", TOP, RECIPES["one-sweep"])
-    assert (
-        main(["convert", "from-hf", "--hf", str(root / "hf"), "--save", str(root / "native")]) == 0
-    )
-    return root
 
 
 @pytest.mark.parametrize("mode", ["trained", "exact"])
@@ -72,13 +61,10 @@ def test_what_cannot_be_is_said(folders) -> None:
     assert model.generate([[1]], max_tokens=2, ignore_eos=True)[0].finished == "length"
 
 
-@pytest.fixture(scope="module")
-def with_text(tmp_path_factory, single) -> str:
+@pytest.fixture
+def with_text(folders) -> str:
     """A model whose texts are numbers: its tokenizer is megatron-core's NullTokenizer."""
-    root = tmp_path_factory.mktemp("text")
-    write_folder(root / "hf", TOP, RECIPES["one-sweep"])
-    assert main(["convert", "from-hf", "--hf", str(root / "hf"), "--save", str(root / "m")]) == 0
-    return str(root / "m")
+    return str(folders / "native")
 
 
 GREEDY = ["--temperature", "0", "--max-tokens", "4", "--ignore-eos"]
